@@ -1,0 +1,720 @@
+"""Every claim of this project, checked against a closed form or on files made here. `python test_all.py` or `pytest`.
+
+Where a network belongs stands the exact answer: for data N(M, S^2) the score of q_sigma is -(x - M) / (S^2 + sigma^2).
+M and S are never 0 and 1 (plain noise would pass), and S = 0, a point mass, shows what mean and variance hide.
+"""
+import contextlib, gzip, hashlib, http.server, io, itertools, math, os, signal, struct, subprocess, sys, tarfile, tempfile
+import threading, time, unittest
+from pathlib import Path
+from unittest import mock
+import numpy as np
+import PIL
+import torch
+import torch.nn as nn
+from PIL import Image
+import common
+import ncsn
+
+HERE = Path(__file__).resolve().parent
+M, S = 2.0, 0.5
+
+class Case(unittest.TestCase):
+    """A test with a temporary folder, a fixed seed, and assertions on tensors and on the command line."""
+
+    def setUp(self):
+        torch.manual_seed(0)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.dir = Path(folder.name)
+
+    def near(self, a, b, tolerance):
+        """Assert that |a - b| <= tolerance everywhere."""
+        distance = (torch.as_tensor(a, dtype=torch.float64) - torch.as_tensor(b, dtype=torch.float64)).abs().max().item()
+        self.assertLessEqual(distance, tolerance, f"{a} is not within {tolerance} of {b}")
+
+    def refuses(self, sentence, call, *args, **kwargs):
+        """Assert that the call raises one UserError with these words in it."""
+        with self.assertRaises(common.UserError) as caught, contextlib.redirect_stdout(io.StringIO()):
+            call(*args, **kwargs)
+        self.assertIn(sentence, str(caught.exception))
+        self.assertNotIn("\n", str(caught.exception))
+
+    def command(self, module, *argv):
+        """(exit status, stdout, stderr) of `python MODULE.py ARGV`, run inside this process."""
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with mock.patch.object(sys, "argv", [f"{module.__name__}.py", *map(str, argv)]), \
+                contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                common.cli(module.main)
+            except SystemExit as e:
+                code = e.code
+        return code, out.getvalue(), err.getvalue()
+
+    def tiny(self, n=64, size=8):
+        """A data folder with a digits set of n random 8 x 8 images and labels, and the flags for a few steps on it."""
+        folder = self.dir / "data" / "digits"
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        for k, stem in enumerate(common.FILES):
+            shape = (n,) if k % 2 else (n, size, size)
+            data = np.arange(n) % 10 if k % 2 else rng.integers(0, 256, shape)
+            write_idx(folder / stem, data.astype(np.uint8))
+        return ["--data-dir", self.dir / "data", "--width", 8, "--batch-size", 8, "--T", 2, "--samples", 9, "--steps", 6]
+
+def write_idx(path, data, compress=False):
+    """An IDX file of a uint8 array."""
+    raw = struct.pack(f">BBBB{data.ndim}I", 0, 0, 8, data.ndim, *data.shape) + data.tobytes()
+    path.write_bytes(gzip.compress(raw) if compress else raw)
+
+def gaussian(M=M, S=S):
+    """The net whose score is exact on N(M, S^2): net(x, log sigma) = -sigma (x - M) / (S^2 + sigma^2)."""
+    def net(x, noise, label=None):
+        sigma = noise.exp().view(-1, 1, 1, 1)
+        return -sigma * (x - M) / (S ** 2 + sigma ** 2)
+    return net
+
+def data(n, *shape):
+    """n images of independent N(M, S^2) pixels."""
+    return M + S * torch.randn(n, *(shape or (1, 1, 1)))
+
+class Schedules(Case):
+    def test_geometric_ladder(self):
+        sigma = common.geometric_sigmas(1.0, 0.01, 10)
+        self.near(sigma[0], 1, 1e-12)
+        self.near(sigma[-1], 0.01, 1e-12)
+        self.near(sigma[1:] / sigma[:-1], 0.01 ** (1 / 9), 1e-12)           # one ratio, falling
+        self.near(common.geometric_sigmas(50, 0.01, 232)[1] * 5000 ** (1 / 231), 50, 1e-9)
+
+    def test_betas(self):
+        beta = common.linear_betas(1000)
+        self.near(beta[[0, 499, 999]], [1e-4, 1e-4 + 499 / 999 * 0.0199, 0.02], 1e-12)
+        self.near((1 - beta).log().sum().exp(), 4.0358e-5, 1e-8)              # abar_T of Ho et al., their "about 4e-5"
+        beta = common.cosine_betas(1000)
+        abar = (1 - beta).cumprod(0)
+        t = torch.tensor([1, 250, 500, 750], dtype=torch.float64)
+        f = lambda t: torch.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+        self.near(abar[[0, 249, 499, 749]], f(t) / f(t[0] * 0), 1e-10)
+        self.assertEqual(beta.max(), 0.999)
+
+    def test_karras(self):
+        sigma = common.karras_sigmas(18)
+        i = torch.arange(18, dtype=torch.float64)
+        exact = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        self.near(sigma[:-1], exact, 1e-10)
+        self.assertEqual((len(sigma), sigma[-1]), (19, 0))
+
+class ScoreMatching(Case):
+    def test_loss_at_the_exact_score_is_its_closed_form_at_every_level(self):
+        for sigma, power in itertools.product((2.0, 0.5, 0.1), (2.0, 1.0)):
+            loss = ncsn.loss(gaussian(), data(50_000, 1, 2, 2), torch.tensor([sigma]), power=power)
+            exact = S ** 2 / (2 * (S ** 2 + sigma ** 2)) * sigma ** (power - 2)
+            self.near(loss / exact, 1, 0.02)
+
+    def test_loss_is_the_mean_over_all_levels(self):
+        sigma, seen = torch.tensor([2.0, 0.5, 0.1]), []
+        def net(x, noise, label=None):
+            seen.append(noise)
+            return gaussian()(x, noise)
+        loss = ncsn.loss(net, data(60_000), sigma)
+        self.near(loss, (S ** 2 / (2 * (S ** 2 + sigma ** 2))).mean(), 0.005)
+        levels, counts = seen[0].unique(return_counts=True)
+        self.near(levels, sigma.log().flip(0), 1e-6)                       # the first and the last level, and log sigma
+        self.near(counts / 60_000, 1 / 3, 0.01)
+
+    def test_loss_of_a_silent_network_is_one_half(self):
+        loss = ncsn.loss(lambda x, noise, label: torch.zeros_like(x), data(20_000, 3, 2, 2), torch.tensor([3.0, 0.3]))
+        self.near(loss, 0.5, 0.005)                                        # 1/2 E|z|^2, a mean over pixels
+
+    def test_loss_is_zero_where_the_noise_can_be_read_off(self):
+        loss = ncsn.loss(gaussian(S=0.0), torch.full((1000, 1, 1, 1), M), torch.tensor([1.0, 0.1]))
+        self.assertLess(loss, 1e-8)
+
+    def test_gradient_vanishes_at_the_exact_score_and_points_back_to_it(self):
+        x, sigma = data(200_000), torch.tensor([1.0, 0.3])
+        def gradient(scale, shift):
+            torch.manual_seed(0)
+            a, b = torch.tensor(scale, requires_grad=True), torch.tensor(shift, requires_grad=True)
+            ncsn.loss(lambda x, noise, label: a * gaussian()(x, noise) + b, x, sigma).backward()
+            return a.grad.item(), b.grad.item()
+        self.near(gradient(1.0, 0.0), 0, 0.004)
+        self.assertGreater(gradient(1.1, 0.0)[0], 0.03)
+        self.assertLess(gradient(0.9, 0.0)[0], -0.03)
+        self.near(gradient(1.0, 0.1)[1], 0.1, 0.004)
+
+    def test_labels_are_passed_on_and_one_in_ten_hidden(self):
+        seen, label = [], torch.arange(20_000) % 10
+        net = lambda x, noise, label: seen.append(label) or x
+        ncsn.loss(net, data(20_000), torch.tensor([1.0]), label)
+        self.near((seen[0] == -1).float().mean(), 0.1, 0.01)
+        self.assertTrue(((seen[0] == label) | (seen[0] == -1)).all())
+
+class Langevin(Case):
+    sigma = common.geometric_sigmas(4.0, 0.1, 10)
+
+    def run_sampler(self, net, n=20_000, eps=0.004, T=100, sigma=None, **options):
+        sigma = self.sigma if sigma is None else sigma
+        return ncsn.sample(net, torch.rand(n, 1, 1, 1), sigma, eps, [T] * len(sigma), **options)
+
+    def test_annealed_langevin_finds_mean_and_variance(self):
+        x = self.run_sampler(gaussian(), denoise=False)
+        v, a = S ** 2 + 0.01, 0.004 / 2
+        self.near(x.mean(), M, 0.015)
+        self.near(x.var() / (v / (1 - a / (2 * v))), 1, 0.03)
+        x = self.run_sampler(gaussian())                                   # Tweedie shrinks it by S^2 / (S^2 + sigma^2)
+        self.near(x.mean(), M, 0.015)
+        self.near(x.var() / (S ** 4 / v / (1 - a / (2 * v))), 1, 0.03)
+
+    def test_point_mass(self):
+        x = self.run_sampler(gaussian(S=0.0), n=2000)
+        self.near(x, M, 1e-4)                                              # the denoising step lands on it
+        x = self.run_sampler(gaussian(S=0.0), denoise=False)
+        self.near(x.mean(), M, 0.005)
+        self.near(x.var() / (0.01 / (1 - 0.2 / 2)), 1, 0.03)               # r = eps / (2 sigma_L^2) = 0.2
+
+    def test_step_size_follows_sigma_from_the_largest_to_the_smallest(self):
+        steps, levels = [], []
+        def net(x, noise, label=None):                                     # a score of 1: x moves by alpha_i / 2
+            levels.append(noise[0].exp().item())
+            return noise.exp().view(-1, 1, 1, 1).expand_as(x)
+        with mock.patch.object(torch, "randn_like", torch.zeros_like):
+            frames = [torch.zeros(1, 1, 1, 1)]
+            ncsn.sample(net, frames[0], torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64), 0.1, [1, 2, 1], frames=frames)
+        steps = (torch.cat(frames[1:]) - torch.cat(frames[:-1])).flatten()
+        self.near(levels, [3, 1, 1, 0.5, 0.5], 1e-6)                       # T steps a level, then the denoising step
+        self.near(steps, [0.05 * 36, 0.05 * 4, 0.05 * 4, 0.05, 0.25], 1e-6)
+
+    def test_noise_is_the_square_root_of_alpha(self):
+        for n, eps in ((1, 0.09), (2, 0.01)):                              # no score: variance n alpha
+            x = ncsn.sample(lambda x, noise, label: 0 * x, torch.zeros(50_000, 1, 1, 1), torch.tensor([0.7]), eps, [n], denoise=False)
+            self.near(x.var() / (n * eps), 1, 0.03)
+
+    def test_two_modes_get_their_weights(self):
+        means, weights = torch.tensor([-2.0, 2.0]), torch.tensor([0.25, 0.75])
+        def mixture(x, noise, label=None):                                 # sigma * score of sum_k w_k N(m_k, 0.1^2 + sigma^2)
+            sigma = noise.exp().view(-1, 1, 1, 1)
+            v = 0.1 ** 2 + sigma ** 2                                      # (B, 1, 1, 1)
+            p = (weights.log() - (x - means) ** 2 / (2 * v)).softmax(-1)   # (B, 1, 1, 2)
+            return sigma * (p * (means - x) / v).sum(-1, keepdim=True)
+        x = self.run_sampler(mixture)
+        self.near((x > 0).float().mean(), 0.75, 0.02)
+        self.near(x[x > 0].mean(), 2, 0.01)
+        self.near(x[x < 0].mean(), -2, 0.01)
+        x = ncsn.sample(mixture, torch.rand(5000, 1, 1, 1) * 8 - 4, torch.tensor([0.1]), 0.004, [300])
+        self.near((x > 0).float().mean(), 0.5, 0.03)                       # without annealing each stays where it started
+
+    def test_meter_predicts_the_inflation(self):
+        for r in (0.1, 0.5, 1.0, 1.5):
+            eps = 2 * r * 0.1 ** 2
+            (_, first, _), *_, (_, last, inflation) = ncsn.meter(self.sigma, eps)
+            self.near([first, last], r, 1e-9)
+            x = self.run_sampler(gaussian(S=0.0), n=100_000, eps=eps, T=60, sigma=self.sigma[-2:], denoise=False)
+            self.near(x.var() / 0.1 ** 2 / inflation, 1, 0.02)
+        x = self.run_sampler(gaussian(S=0.0), n=100, eps=2 * 2.1 * 0.1 ** 2, T=200, sigma=self.sigma[-1:], denoise=False)
+        self.assertGreater((x - M).abs().min(), 10)                        # r = 2.1 diverges
+        self.assertEqual(ncsn.meter(self.sigma, 2.1 * 0.02)[0][2], math.inf)
+
+    def test_denoiser_is_the_posterior_mean(self):
+        D = ncsn.denoiser(None, net=gaussian())
+        y = torch.randn(5, 3, 2, 2)
+        for sigma in (0.3, torch.tensor([0.1, 0.2, 0.3, 0.4, 5.0])):
+            v = torch.as_tensor(sigma).expand(5).view(-1, 1, 1, 1) ** 2
+            self.near(D(y, sigma), (S ** 2 * y + v * M) / (S ** 2 + v), 1e-5)
+
+class Network(Case):
+    def shaken(self, **kwargs):
+        """A U-Net with weights that are not zero anywhere."""
+        net = common.UNet(width=16, **kwargs)
+        for p in net.parameters():
+            nn.init.normal_(p, std=0.1)
+        return net
+
+    def test_shapes_and_zero_start(self):
+        for channels, patch, size, mult in ((1, 2, (28, 28), (1, 2)), (3, 1, (8, 16), (1, 2, 2)), (2, 4, (16, 16), (1,))):
+            x, noise = torch.randn(3, channels, *size), torch.randn(3)
+            net = common.UNet(channels, 16, mult, patch=patch)
+            self.assertTrue((net(x, noise) == 0).all())
+            out = self.shaken(channels=channels, mult=mult, patch=patch)(x, noise)
+            self.assertEqual(out.shape, x.shape)
+            self.assertEqual(out.dtype, torch.float32)
+            self.assertGreater(out.std(), 0)
+
+    def test_sizes_that_do_not_halve(self):
+        self.refuses("multiples of 4", common.UNet(1, 8), torch.zeros(1, 1, 30, 28), torch.zeros(1))
+        self.refuses("multiples of 8", common.UNet(1, 8, mult=(1, 1, 1)), torch.zeros(1, 1, 8, 12), torch.zeros(1))
+        self.refuses("multiple of 8", common.UNet, 1, 12)
+
+    def test_every_image_sees_its_own_noise_and_label_and_every_pixel(self):
+        net = self.shaken(classes=3).eval()
+        x, noise, label = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 0.0, 1.0, 900.0]), torch.tensor([0, 1, 2, 0])
+        out = net(x, noise, label)
+        for i in range(4):
+            self.near(net(x[i:i + 1], noise[i:i + 1], label[i:i + 1]), out[i:i + 1], 1e-4)
+        one = x[:1].expand(4, -1, -1, -1)
+        different = lambda a: (a[:, None] - a[None]).flatten(2).abs().amax(2) + torch.eye(4) > 1e-3
+        self.assertTrue(different(net(one, torch.tensor([-4.0, 0.5, 500.0, 501.0]), label * 0)).all())
+        self.assertTrue(different(net(one, noise * 0, torch.tensor([0, 1, 2, -1]))).all())
+        self.near(net(one, noise * 0, noise.long() * 0 - 1), net(one, noise * 0), 0)       # -1 is no label
+        x.requires_grad_()
+        net(x, noise, label)[:, :, 0, 0].sum().backward()
+        self.assertGreater((x.grad != 0).float().mean(), 0.99)             # attention: every pixel sees every other
+
+    def test_bfloat16_is_near_float32(self):
+        net, x, noise = self.shaken(channels=3).eval(), torch.randn(2, 3, 8, 8), torch.randn(2)
+        exact = net(x, noise)
+        net.bf16 = True
+        error = (net(x, noise) - exact).std() / exact.std()
+        self.assertLess(error, 0.03)
+        self.assertGreater(error, 0)
+
+    def test_compiles_without_a_graph_break(self):
+        net, x, noise = self.shaken(classes=2), torch.randn(2, 1, 8, 8), torch.randn(2)
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        self.near(compiled(x, noise, torch.tensor([0, 1])), net(x, noise, torch.tensor([0, 1])), 1e-5)
+
+    def test_loss_and_sampler_leave_nothing_behind_on_the_cpu(self):
+        net = common.UNet(1, 8, classes=3).to("meta")                      # meta: reading a number back would raise
+        sigma = common.geometric_sigmas(1, 0.01, 4)
+        x, label = torch.rand(2, 1, 8, 8, device="meta"), torch.zeros(2, device="meta", dtype=torch.long)
+        ncsn.loss(net, x, sigma.float().to("meta"), label).backward()
+        out = ncsn.sample(net, x, sigma, 2e-5, [2] * 4, label, frames=[], every=1)
+        self.assertEqual((out.shape, out.device.type), (x.shape, "meta"))
+        self.assertEqual(ncsn.denoiser(None, net)(x, 0.1).device.type, "meta")
+
+class Images(Case):
+    def idx(self, name="mnist", n=3):
+        """The arrays of random FILES, whose checksums now count as those of a published set."""
+        rng = np.random.default_rng(1)
+        arrays, sums = [rng.integers(0, 10, (n,) if k % 2 else (n, 6, 4)).astype(np.uint8) for k in range(4)], []
+        for a in arrays:
+            write_idx(self.dir / "raw", a)
+            sums.append(hashlib.sha256((self.dir / "raw").read_bytes()).hexdigest())
+        (self.dir / name).mkdir()
+        self.enterContext(mock.patch.dict(common.SHA256, {name: sums}))
+        return arrays
+
+    def test_idx_files_under_all_their_names(self):
+        arrays = self.idx()
+        for dot, gz in itertools.product((False, True), (False, True)):
+            folder = self.dir / f"{dot}{gz}" / "mnist"
+            folder.mkdir(parents=True)
+            for stem, a in zip(common.FILES, arrays):
+                write_idx(folder / (stem.replace("-idx", ".idx" if dot else "-idx") + ".gz" * gz), a, compress=gz)
+            for split, k in (("train", 0), ("test", 2)):
+                images, labels = common.load_images("mnist", folder.parent, split)
+                self.assertEqual((images.dtype, labels.dtype), (torch.uint8, torch.int64))
+                self.near(images, arrays[k][:, None], 0)
+                self.near(labels, arrays[k + 1], 0)
+
+    def test_damaged_idx_files_are_named(self):
+        arrays, path = self.idx(), self.dir / "mnist" / (common.FILES[0] + ".gz")
+        write_idx(path, arrays[0], compress=True)
+        good = path.read_bytes()
+        raw = gzip.decompress(good)
+        for bad in (good[:-9], good[:30], b"", raw[:-1], raw[:9], b"\0\0\x0d" + raw[3:], raw[:-1] + b"\xff", raw + b"\0",
+                    b"<!DOCTYPE html>", gzip.compress(b"hello")):
+            path.write_bytes(bad)
+            self.refuses(str(path), common.load_images, "mnist", self.dir)
+        path.write_bytes(gzip.compress(raw, 1))                            # compressed again: as good
+        self.near(common.read(path, common.parse_idx, common.SHA256["mnist"][0]), arrays[0], 0)
+
+    def test_download_from_a_server_that_fails_half_way_once(self):
+        arrays, files, asked = self.idx("fashion-mnist"), {}, []
+        for stem, a in zip(common.FILES, arrays):
+            write_idx(self.dir / "raw", a, compress=True)
+            files[f"/{stem}.gz"] = (self.dir / "raw").read_bytes()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked.append(self.path)
+                body = files.get(self.path)
+                self.send_response(200 if body else 404)
+                self.send_header("Content-Length", len(body or b""))
+                self.end_headers()
+                self.wfile.write(body[:len(body) // 2] if len(asked) == 1 else body or b"")
+            def log_message(self, *args):
+                pass
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        good, gone = f"http://127.0.0.1:{server.server_port}/", f"http://127.0.0.1:{server.server_port}/gone/"
+        with mock.patch.dict(common.MIRRORS, {"fashion-mnist": [good, gone]}), contextlib.redirect_stdout(io.StringIO()):
+            images, labels = common.load_images("fashion-mnist", self.dir)
+            self.near(images, arrays[0][:, None], 0)
+            self.near(labels, arrays[1], 0)
+            self.assertEqual(asked[:3], [f"/{common.FILES[0]}.gz", f"/gone/{common.FILES[0]}.gz", f"/{common.FILES[0]}.gz"])
+            count = len(asked)
+            common.load_images("fashion-mnist", self.dir)                  # from the disk this time
+            self.assertEqual(len(asked), count)
+        folder = self.dir / "fashion-mnist"
+        self.assertEqual(sorted(p.name for p in folder.iterdir()), sorted(f + ".gz" for f in common.FILES[:2]))
+        with mock.patch.dict(common.MIRRORS, {"fashion-mnist": [gone + "a/", gone + "b/"]}):
+            self.refuses("/gone/b/t10k", common.load_images, "fashion-mnist", self.dir, "test")
+            self.refuses(f"put it into {folder} by hand", common.load_images, "fashion-mnist", self.dir, "test")
+        files[f"/{common.FILES[2]}.gz"] = files[f"/{common.FILES[0]}.gz"]  # a good file in the wrong place
+        with mock.patch.dict(common.MIRRORS, {"fashion-mnist": [good]}):
+            self.refuses("checksum", common.load_images, "fashion-mnist", self.dir, "test")
+
+    def test_cifar10_is_read_in_its_archive(self):
+        rows = np.random.default_rng(0).integers(0, 10, (12, 3073)).astype(np.uint8)
+        path = self.dir / "cifar10" / "cifar-10-binary.tar.gz"
+        path.parent.mkdir()
+        names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+        with tarfile.open(path, "w:gz") as tar:
+            for name, part in zip(names, np.split(rows, 6)):
+                info = tarfile.TarInfo(f"../../cifar-10-batches-bin/{name}")
+                info.size = part.size
+                tar.addfile(info, io.BytesIO(part.tobytes()))
+        for split, part in (("train", rows[:10]), ("test", rows[10:])):
+            images, labels = common.load_images("cifar10", self.dir, split)
+            self.near(images, part[:, 1:].reshape(-1, 3, 32, 32), 0)
+            self.near(labels, part[:, 0], 0)
+        self.assertEqual([p.name for p in self.dir.iterdir()], ["cifar10"])    # nothing was extracted
+        for bad in (path.read_bytes()[:-40], path.read_bytes()[:200], b"", b"not a tar"):
+            path.write_bytes(bad)
+            self.refuses(str(path), common.load_images, "cifar10", self.dir)
+        path.unlink()
+        path.with_name("published").write_bytes(b"something else")
+        with mock.patch.dict(common.MIRRORS, {"cifar10": [path.parent.as_uri() + "/"]}):
+            self.refuses(str(path.parent), common.load_images, "cifar10", self.dir)
+
+    def test_folder_of_pictures(self):
+        folder = self.dir / "pictures"
+        (folder / "deep").mkdir(parents=True)
+        ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)
+        grey = Image.fromarray(ramp)
+        grey.save(folder / "a.png")
+        grey.convert("1").save(folder / "b.bmp")
+        Image.fromarray(ramp.astype(np.uint16) * 256).save(folder / "c.png")
+        grey.convert("LA").save(folder / "deep" / "d.png")
+        (folder / "notes.txt").write_text("not a picture")
+        images, labels = common.load_images(str(folder))
+        self.assertEqual((images.shape, labels), ((4, 1, 8, 8), None))
+        for k in (0, 2, 3):
+            self.near(images[k, 0], ramp, 0)                               # 16 bits too
+        clear = Image.fromarray(np.stack([ramp, ramp, ramp, np.where(ramp < 9, 0, 255).astype(np.uint8)], -1))
+        clear.save(folder / "e.png")
+        grey.convert("P").save(folder / "f.gif")
+        Image.new("CMYK", (8, 8)).save(folder / "g.jpg")
+        images, _ = common.load_images(str(folder))
+        self.assertEqual(images.shape, (7, 3, 8, 8))
+        self.near(images[0], np.stack([ramp] * 3), 0)
+        self.near(images[4, :, 0, :8], 255, 0)                             # transparent is white
+        self.near(images[4, :, 4], np.stack([ramp[4]] * 3), 0)
+        wide = np.zeros((10, 30, 3), np.uint8)
+        wide[:, 10:20] = 200
+        Image.fromarray(wide).save(folder / "h.png")
+        self.refuses("--size", common.load_images, str(folder))
+        images, _ = common.load_images(str(folder), size=4)
+        self.assertEqual(images.shape, (8, 3, 4, 4))
+        self.near(images[7], 200, 15)                                      # the centre only
+        (folder / "i.png").write_bytes((folder / "a.png").read_bytes()[:50])
+        self.refuses("i.png", common.load_images, str(folder), size=4)
+        self.refuses("is neither", common.load_images, str(folder / "nowhere"))
+        (self.dir / "empty").mkdir()
+        self.refuses("no picture", common.load_images, str(self.dir / "empty"))
+        self.refuses("--size", common.load_images, "mnist", size=8)
+
+    def test_digits_are_drawn_the_same_everywhere(self):
+        with contextlib.redirect_stdout(io.StringIO()):
+            images, labels = common.load_images("digits", self.dir, "test")
+            again, _ = common.load_images("digits", self.dir, "test")      # from the files
+            with mock.patch.object(os, "cpu_count", lambda: 1):            # and by one thread
+                other, _ = common.load_images("digits", self.dir / "other", "test")
+        self.assertEqual((images.shape, images.dtype, labels.shape), ((10_000, 1, 28, 28), torch.uint8, (10_000,)))
+        self.assertTrue(torch.equal(images, again) and torch.equal(images, other))
+        if PIL.__version__ == "13.0.0":
+            self.assertEqual(hashlib.sha256(images.numpy().tobytes()).hexdigest(), DIGITS)
+        self.near(labels.bincount(minlength=10) / 10_000, 0.1, 0.015)
+        x = images.float().flatten(1) / 255
+        self.near(x.mean(), 0.19, 0.03)
+        self.assertEqual(x[:, :28].max(), 0)                               # no digit touches the border
+        means = torch.stack([x[:5000][labels[:5000] == k].mean(0) for k in range(10)])
+        nearest = torch.cdist(x[5000:], means).argmin(1)
+        self.assertGreater((nearest == labels[5000:]).float().mean(), 0.6)     # labels and shapes belong together
+
+DIGITS = "aa39bda22e3ce1a8777865080341a1fcdf6ca7317b7bbf47eed853c8bdcf2925"
+
+class Pictures(Case):
+    def test_grid_places_every_image_and_clamps(self):
+        images = torch.full((5, 1, 4, 6), 0.5)
+        images[1], images[2], images[4] = 7.0, -7.0, 0.2
+        picture = np.asarray(common.grid(images, cols=3))
+        k = picture.shape[1] // (3 * 8 + 2)
+        self.assertEqual(picture.shape, ((2 * 6 + 2) * k, (3 * 8 + 2) * k))
+        at = lambda row, col: picture[(row * 6 + 4) * k, (col * 8 + 5) * k]
+        self.assertEqual([at(0, 0), at(0, 1), at(0, 2), at(1, 0), at(1, 1), at(1, 2)], [128, 255, 0, 128, 51, 0])
+        self.near(common.to_uint8(torch.tensor([-1.0, 0.0, 1.0]), low=-1.0), [0, 128, 255], 0)
+        colour = torch.zeros(1, 3, 4, 4)
+        colour[:, 2] = 1
+        self.assertEqual(common.grid(colour).getpixel((300, 300)), (0, 0, 255))
+
+    def test_process_plays_and_stands(self):
+        frames = [torch.full((4, 1, 8, 8), k / 4) for k in range(5)]
+        common.save_process(frames, self.dir / "p.gif")
+        with Image.open(self.dir / "p.gif") as gif:
+            self.assertEqual(gif.n_frames, 5)
+            gif.seek(2)
+            self.near(gif.convert("L").getpixel((100, 100)), 128, 2)
+        common.save_process(frames, self.dir / "p.png", rows=2, columns=3)
+        strip = Image.open(self.dir / "p.png")
+        pixel = lambda row, col: strip.getpixel(((col + 0.5) * strip.width / 3, (row + 0.5) * strip.height / 2))
+        self.assertEqual([pixel(1, col) for col in range(3)], [0, 128, 255])     # time to the right
+
+    def test_plot_draws_the_curve_where_it_belongs(self):
+        def ends(points, **axes):
+            common.plot(self.dir / "plot.png", {"curve": points}, "x", "y", **axes)
+            rgb = np.asarray(Image.open(self.dir / "plot.png").convert("RGB")).astype(int)
+            y, x = np.nonzero((np.abs(rgb - [0x25, 0x63, 0xeb]).sum(-1) < 40)[80:389, 86:640])     # without the legend
+            return rgb.shape, x.min(), x.max(), y[x == x.min()].mean(), y[x == x.max()].mean(), np.median(y)
+        shape, left, right, low, high, middle = ends([(0, 0), (1, 0.8)])
+        self.assertEqual(shape, (450, 720, 3))
+        self.assertLess(left, 40)
+        self.assertGreater(low, high + 150)                                # rises
+        straight = [(10.0 ** k, 10.0 ** (2 * k)) for k in range(4)]
+        self.assertLess(ends(straight, logx=True, logy=True)[-1], ends(straight, logx=True)[-1] - 50)                                 # a power law is straight on two log axes
+        for points in ([], [(1, 1)], [(1, math.nan), (2, 5), (3, math.inf)], [(0, -1), (-1, 0)]):
+            for log in (False, True):
+                common.plot(self.dir / "odd.png", {"odd": points}, "x", "y", logx=log, logy=log)
+
+def state(path):
+    """The tensors of a checkpoint in one flat dictionary, and its step."""
+    ckpt = common.load_checkpoint(path)
+    flat = {f"{part} {k}": v for part in ("raw", "ema") for k, v in ckpt[part].items()}
+    flat |= {f"adam {k} {n}": v for k, s in ckpt["opt"]["state"].items() for n, v in s.items()}
+    return flat | {"recent": ckpt["recent"], "rows": torch.tensor([r[:4] for r in ckpt["rows"]])}, ckpt["step"]
+
+class Runs(Case):
+    def same(self, a, b):
+        """Assert that two checkpoints are equal to the last bit."""
+        (a, step_a), (b, step_b) = state(a / "ckpt.pt"), state(b / "ckpt.pt")
+        self.assertEqual((step_a, a.keys()), (step_b, b.keys()))
+        for k in a:
+            self.assertTrue(torch.equal(a[k], b[k]), k)
+
+    def test_command_line_end_to_end(self):
+        flags, out = self.tiny(), self.dir / "run"
+        code, text, err = self.command(ncsn, *flags, "--out", out, "--classes", "--npz", "--T", *[2] * 9, 3)
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(text.count("r = a / sigma^2 = 0.1 "), 10)
+        self.assertEqual(sorted(p.name for p in out.iterdir()), ["ckpt.pt", "log.csv", "loss.png", "process.gif",
+                         "process.png", "samples.npz", "samples.png"])
+        for name in ("loss.png", "process.png", "samples.png"):
+            low, high = Image.open(out / name).convert("L").getextrema()
+            self.assertGreater(high, low + 50)
+        arr = np.load(out / "samples.npz", allow_pickle=False)["arr_0"]
+        self.assertEqual((arr.shape, arr.dtype), ((9, 8, 8, 3), np.uint8))
+        self.assertEqual((out / "log.csv").read_text().splitlines()[0], "step,loss,grad_norm,lr,images_per_s,minutes")
+        before = (out / "samples.png").read_bytes()
+        code, text, _ = self.command(ncsn, "--sample-only", "--out", out, "--npz")     # same settings, same noise
+        self.assertEqual((code, (out / "samples.png").read_bytes()), (0, before))
+        drawn = []
+        real = ncsn.sample
+        def spy(net, x, sigma, eps, T, label, *rest, **options):
+            drawn.append((len(x), eps, T, label.tolist()))
+            return real(net, x, sigma, eps, T, label, *rest, **options)
+        with mock.patch.object(ncsn, "sample", spy):
+            self.command(ncsn, "--sample-only", "--out", out, "--label", 7, "--samples", 3, "--eps", 1e-5, "--T", 1)
+        self.assertEqual(drawn, [(3, 1e-5, [1] * 10, [7] * 3)])                        # sevens, by the flags given now
+        for flags, words in ((["--label", 10], "--label 10"), (["--width", 16], "--width is 8"), (["--T", 1, 2], "--T gives 2"),
+                             (["--device", "cuda:7"], "--device cuda:7")):
+            code, _, err = self.command(ncsn, "--sample-only", "--out", out, *flags)
+            self.assertEqual(code, 2)
+            self.assertIn(words, err)
+
+    def test_warns_of_steps_that_overshoot(self):
+        flags = [*self.tiny(), "--steps", 1, "--levels", 2]
+        for eps, words in ((2e-5, None), (2.2e-4, "r > 1"), (4.4e-4, "diverge")):      # r = 0.1, 1.1, 2.2
+            _, text, _ = self.command(ncsn, *flags, "--eps", eps, "--out", self.dir / "run", "--overwrite")
+            self.assertEqual("warn" in text, words is not None)
+            self.assertIn(words or "", text)
+
+    def test_folder_of_pictures_end_to_end(self):
+        (self.dir / "pictures").mkdir()
+        for k in range(8):
+            Image.effect_noise((20, 16), 90).convert("RGB").save(self.dir / "pictures" / f"{k}.png")
+        flags = [*self.tiny(), "--dataset", self.dir / "pictures", "--out", self.dir / "run"]
+        self.assertEqual(self.command(ncsn, *flags, "--sample-every", 2, "--npz")[0], 0)
+        self.assertEqual(np.load(self.dir / "run" / "samples.npz")["arr_0"].shape, (9, 16, 20, 3))
+        self.assertTrue({"samples_000002.png", "samples_000004.png"} <= {p.name for p in (self.dir / "run").iterdir()})
+        code, _, err = self.command(ncsn, *flags, "--overwrite", "--patch", 3)
+        self.assertEqual(code, 2)
+        self.assertIn("multiples of 6", err)
+        self.assertTrue((self.dir / "run" / "ckpt.pt").exists())                       # a mistake costs nothing
+        code, _, err = self.command(ncsn, *flags, "--overwrite", "--classes")
+        self.assertEqual(code, 2)
+        self.assertIn("no labels", err)
+
+    def test_killed_or_interrupted_and_resumed_is_never_stopped(self):
+        flags = [*self.tiny(), "--steps", 260, "--save-every", 10, "--sample-every", 50, "--classes", "--dropout", 0.1]
+        self.assertEqual(self.command(ncsn, *flags, "--out", self.dir / "whole")[0], 0)
+        for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+            out = self.dir / number.name
+            argv = [sys.executable, HERE / "ncsn.py", *flags, "--out", out]
+            process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            while not (out / "ckpt.pt").exists() and process.poll() is None:
+                time.sleep(0.02)
+            process.send_signal(number)
+            text, err = process.communicate()
+            self.assertEqual(process.returncode, status, err)
+            step = state(out / "ckpt.pt")[1]
+            self.assertTrue(10 <= step < 260)
+            if number == signal.SIGINT:
+                self.assertIn(f"stop   after step {step}; go on with --resume", text)
+            self.assertEqual(self.command(ncsn, *flags[:2], "--out", out, "--resume")[0], 0)
+            self.same(out, self.dir / "whole")
+            for name in ("samples.png", "samples_000250.png"):
+                self.assertEqual((out / name).read_bytes(), (self.dir / "whole" / name).read_bytes())
+
+    def test_a_run_is_not_overwritten_unless_asked(self):
+        flags, out = [*self.tiny(), "--out", self.dir / "run"], self.dir / "run"
+        self.command(ncsn, *flags)
+        before = {p: p.read_bytes() for p in out.iterdir()}
+        code, _, err = self.command(ncsn, *flags)
+        self.assertEqual(code, 2)
+        self.assertIn("already holds a run", err)
+        self.assertEqual(before, {p: p.read_bytes() for p in out.iterdir()})
+        self.assertEqual(self.command(ncsn, *flags, "--overwrite", "--seed", 5)[0], 0)
+        self.assertNotEqual(before[out / "ckpt.pt"], (out / "ckpt.pt").read_bytes())
+
+    def test_checkpoints_that_cannot_be_used(self):
+        flags, out = [*self.tiny(), "--out", self.dir / "run"], self.dir / "run"
+        code, _, err = self.command(ncsn, *flags, "--resume")
+        self.assertEqual(code, 2)
+        self.assertIn("no checkpoint", err)
+        self.command(ncsn, *flags)
+        good = (out / "ckpt.pt").read_bytes()
+        foreign = io.BytesIO()
+        torch.save({**common.load_checkpoint(out / "ckpt.pt"), "script": "ddpm"}, foreign)
+        other = io.BytesIO()
+        torch.save([1, 2], other)
+        for bad, words in ((good[:len(good) // 2], "damaged"), (b"", "damaged"), (foreign.getvalue(), "made by ddpm.py"),
+                           (other.getvalue(), "damaged"), (good[:1000] + b"\0" * 1000 + good[2000:-500], "damaged")):
+            (out / "ckpt.pt").write_bytes(bad)
+            for mode in ("--resume", "--sample-only"):
+                code, _, err = self.command(ncsn, *flags, mode)
+                self.assertEqual((code, err.count("\n")), (2, 1))
+                self.assertIn(words, err)
+            self.assertEqual((out / "ckpt.pt").read_bytes(), bad)                      # nothing lost
+
+    def test_no_pickle_is_run(self):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(here),)
+        here = self.dir / "evil"
+        torch.save({"script": "ncsn", "args": Evil()}, self.dir / "ckpt.pt")
+        self.refuses("damaged", common.load_checkpoint, self.dir / "ckpt.pt")
+        self.assertFalse(here.exists())
+
+    def test_full_disk_keeps_the_old_checkpoint(self):
+        flags, out = [*self.tiny(), "--out", self.dir / "run"], self.dir / "run"
+        self.command(ncsn, *flags)
+        before = {p.name: p.read_bytes() for p in out.iterdir()}
+        def full(fd):
+            raise OSError(28, "No space left on device")
+        with mock.patch.object(os, "fsync", full):
+            code, _, err = self.command(ncsn, *flags, "--resume", "--steps", 9)
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("No space left on device", err)
+        self.assertEqual(before, {p.name: p.read_bytes() for p in out.iterdir()})
+        self.assertEqual(self.command(ncsn, *flags, "--resume", "--steps", 9)[0], 0)
+
+    def test_loss_that_is_not_finite_stops_before_the_checkpoint(self):
+        flags, out = [*self.tiny(), "--out", self.dir / "run"], self.dir / "run"
+        self.command(ncsn, *flags)
+        before = (out / "ckpt.pt").read_bytes()
+        for broken in (lambda *a: real(*a) * math.nan, lambda *a: real(*a) + (0 * real(*a)).sqrt()):   # value, gradient
+            real = ncsn.loss
+            with mock.patch.object(ncsn, "loss", broken):
+                code, _, err = self.command(ncsn, *flags, "--resume", "--steps", 9)
+            self.assertEqual((code, err.count("\n")), (2, 1))
+            self.assertIn("not finite", err)
+            self.assertEqual((out / "ckpt.pt").read_bytes(), before)
+
+    def test_adam_learning_rate_ema_and_data(self):
+        common_flags = ["--out", self.dir / "run", *self.tiny(), "--steps", 40, "--lr", 0.01, "--ema", 0.3, "--precision", "fp32"]
+        with mock.patch.object(sys, "argv", ["x", *map(str, common_flags)]):
+            parser = common.arguments("")
+            for flag, kind in (("--T", int), ("--steps", int), ("--batch-size", int), ("--lr", float), ("--ema", float)):
+                parser.add_argument(flag, type=kind)
+            args, _ = common.settings(parser, "x")
+        net = common.UNet(1, 8)
+        images = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 1, 4, 4)
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = common.Run(args, "x", net, None, low=-1.0)
+            averages, weights, rates, seen = [], [net.conv_out.bias.detach().clone()], [], []
+            for x, label in run.batches(images, torch.arange(50)):
+                self.near(x[:, 0, 0, 0], label / 127.5 - 1, 1e-6)                      # in [low, 1], with its own label
+                seen.append(label)
+                run.step((run.net(x, x[:, 0, 0, 0]) - 1).square().mean())
+                weights.append(net.conv_out.bias.detach().clone())
+                averages.append(run.ema.conv_out.bias.clone())
+                rates.append(run.opt.param_groups[0]["lr"])
+        average = weights[0]
+        for n in range(40):
+            decay = min(0.3, (1 + n) / (10 + n))
+            average = decay * average + (1 - decay) * weights[n + 1]
+            self.near(averages[n], average, 1e-6)
+            f = (n + 1) / 40
+            self.near(rates[n], 0.01 * min(1, 20 * f) * (1 + math.cos(math.pi * f)) / 2, 1e-9)
+        self.near((weights[1] - weights[0]).abs(), rates[0], 1e-6)                     # Adam's first step is lr
+        self.assertGreater(len(torch.cat(seen).unique()), 45)
+        self.assertLess(state(self.dir / "run" / "ckpt.pt")[0]["recent"][39, 0], 0.2 * state(self.dir / "run" / "ckpt.pt")[0]["recent"][0, 0])
+
+    def test_bad_flags_are_one_sentence(self):
+        for flags in (["--steps", 0], ["--eps", -1], ["--dropout", 1], ["--T", 0], ["--dataset", "nowhere"], ["--levels", -3],
+                      ["--width", 12], ["--sigma-min", 2]):
+            code, _, err = self.command(ncsn, *self.tiny(), "--out", self.dir / "run", *flags)
+            self.assertEqual((code, err.count("\n")), (2, 1), flags)
+            self.assertIn(str(flags[0]), err)
+            self.assertFalse((self.dir / "run").exists())
+
+WORKER = """
+import sys; sys.path.insert(0, {here!r})
+import torch, common, ncsn
+seen = []
+real = common.Run.batches
+def batches(run, *a):
+    for x, label in real(run, *a):
+        seen.append((x.clone(), torch.rand(1, generator=torch.Generator().set_state(torch.get_rng_state()))))
+        yield x, label
+        final.update(run.raw.state_dict(), **{{"ema " + k: v for k, v in run.ema.state_dict().items()}})
+final = {{}}
+common.Run.batches = batches
+common.cli(ncsn.main)
+rank = torch.distributed.get_rank()
+torch.save([final, torch.stack([x for x, _ in seen]), torch.stack([z for _, z in seen])], f"{folder}/rank{{rank}}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+class Processes(Case):
+    def test_two_processes_train_as_one(self):
+        flags = [*self.tiny(n=2000), "--steps", 120, "--batch-size", 64, "--lr", 3e-3, "--save-every", 50]
+        (self.dir / "worker.py").write_text(WORKER.format(here=str(HERE), folder=str(self.dir)))
+        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, self.dir / "worker.py",
+                *flags, "--out", self.dir / "two"]
+        done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        self.assertEqual(done.stdout.count("step      120/120"), 1)                    # one process speaks and saves
+        (a, xa, za), (b, xb, zb) = (torch.load(self.dir / f"rank{r}.pt") for r in (0, 1))
+        self.assertEqual(a.keys(), b.keys())
+        for k in a:
+            self.assertTrue(torch.equal(a[k], b[k]), k)                                # replicas: equal to the last bit
+        saved = common.load_checkpoint(self.dir / "two" / "ckpt.pt")
+        self.assertTrue(torch.equal(saved["raw"]["conv_out.bias"], a["conv_out.bias"]))
+        self.assertEqual(xa.shape, (120, 32, 1, 8, 8))
+        self.assertGreater((xa - xb).abs().amax((2, 3, 4)).mean(), 0.5)                # other images,
+        self.assertTrue((za != zb).all())                                              # other noise
+        self.assertEqual(self.command(ncsn, *flags, "--out", self.dir / "one")[0], 0)
+        one, two = (common.load_checkpoint(self.dir / k / "ckpt.pt")["rows"] for k in ("one", "two"))
+        for row_1, row_2 in zip(one, two):
+            self.near(row_2[1] / row_1[1], 1, 0.03)                                    # the same loss, within noise
+            self.near(row_2[2] / row_1[2], 1, 0.5)
+        code, _, err = self.command(ncsn, *flags, "--out", self.dir / "two", "--resume", "--steps", 121)
+        self.assertEqual((code, err), (0, ""))
+
+if __name__ == "__main__":
+    result = unittest.main(exit=False).result
+    failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)
+    print(f"{result.testsRun - failed - skipped} passed, {failed} failed, {skipped} skipped")
+    sys.exit(failed > 0 or result.testsRun == 0)
