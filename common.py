@@ -1,6 +1,6 @@
 """What has no equation number: image sets, noise schedules, the U-Net, runs and checkpoints, pictures."""
-import argparse, contextlib, copy, functools, gzip, hashlib, http.client, io, math, os, signal, struct, sys
-import tarfile, time, urllib.request, zlib
+import argparse, contextlib, copy, functools, gzip, hashlib, http.client, io, math, os, signal, socket, struct
+import sys, tarfile, time, urllib.request, zlib
 from pathlib import Path
 import numpy as np
 import torch
@@ -91,9 +91,8 @@ def read(path, parse, *options):
 def parse_idx(raw, sha256):
     """uint8 array of an IDX file."""
     zeros, kind, ndim = struct.unpack_from(">HBB", raw)
-    require((zeros, kind) == (0, 8), f"magic number {raw[:4].hex()}")
     data = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(struct.unpack_from(f">{ndim}I", raw, 4))
-    require(sha256 in (None, hashlib.sha256(raw).hexdigest()), "wrong checksum")
+    require((zeros, kind) == (0, 8) and sha256 in (None, hashlib.sha256(raw).hexdigest()), "wrong magic or checksum")
     return data
 
 def parse_cifar10(raw, split):
@@ -106,6 +105,7 @@ def parse_cifar10(raw, split):
 def download(path, parse, *options):
     """Fetch PATH from a mirror of its folder, each tried twice, and try to read it. UserError names the addresses."""
     part, tried, mib = Path(f"{path}.{os.getpid()}.part"), [], 2 ** 20
+    socket.setdefaulttimeout(30)
     path.parent.mkdir(parents=True, exist_ok=True)
     for url in [mirror + path.name for mirror in MIRRORS[path.parent.name] * 2]:
         try:
@@ -117,6 +117,7 @@ def download(path, parse, *options):
             return part.replace(path)
         except (OSError, http.client.HTTPException, UserError) as e:
             tried.append(f"{url} ({e})")
+        finally:
             part.unlink(missing_ok=True)
     raise UserError(f"cannot download {path.name}; put it into {path.parent} by hand. Tried: {', '.join(tried)}")
 
@@ -127,13 +128,14 @@ def read_folder(folder, size=None):
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()):
         try:
             im = ImageOps.exif_transpose(Image.open(path))
-            if im.mode.startswith("I;16"):                               # 16-bit grey, which convert() would clip
+            if im.mode.startswith("I"):                                  # 16-bit grey, which convert() would clip
                 im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
-            mode = "L" if im.mode in ("1", "L", "LA", "La", "I", "F") else "RGB"
+            require(im.mode != "F", "its pixels are floats of unknown range")
+            mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
             if im.has_transparency_data:
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
             im = im.convert(mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        except (OSError, SyntaxError, ValueError, UserError, Image.DecompressionBombError) as e:
             raise UserError(f"cannot read the picture {path} ({e}); remove it from the folder") from e
         pictures.append(ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS) if size else im)
         require(pictures[-1].size == pictures[0].size, f"{path} is not of the first one's size: give --size, say 32")
@@ -144,7 +146,7 @@ def read_folder(folder, size=None):
 
 # --------------------------------------------------------------------------------------------- noise schedules
 def geometric_sigmas(sigma_max, sigma_min, L):
-    """(L,) float64: sigma_1 = sigma_max > ... > sigma_L = sigma_min with one ratio (Song & Ermon 2019, section 3)."""
+    """(L,) float64: sigma_1 = sigma_max > ... > sigma_L = sigma_min with one ratio (Song & Ermon 2019, section 4.1)."""
     return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), L, dtype=torch.float64)
 
 def linear_betas(T, beta_1=1e-4, beta_T=0.02):
@@ -158,14 +160,12 @@ def cosine_betas(T, s=0.008, beta_max=0.999):
 
 def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """(n + 1,) float64: from sigma_max to sigma_min in equal steps of sigma^(1/rho), then 0 (Karras 2022, eq. 5)."""
-    root = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n, dtype=torch.float64)
-    return F.pad(root ** rho, (0, 1))
+    return F.pad(torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n, dtype=torch.float64) ** rho, (0, 1))
 
 # ------------------------------------------------------------------------------------------------- the network
 def zero(layer):
     """The layer with all its weights 0: a residual branch starts as the identity, an output as 0."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
+    [nn.init.zeros_(p) for p in layer.parameters()]
     return layer
 
 class Block(nn.Module):
@@ -184,10 +184,9 @@ class Block(nn.Module):
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 class UNet(nn.Module):
-    """net(x, noise, label=None): x (B, C, H, W), noise one real number an image (log sigma, t, ...), label int64 (B,),
-    None or -1 being the null class. Returns the shape of x in float32, exactly 0 before training. The first and the
-    last layer work in float32, the others in bfloat16 if .bf16 is set. Raises UserError for sizes that do not halve."""
-    def __init__(self, channels=1, width=64, mult=(1, 2), blocks=1, patch=2, classes=0, dropout=0.0):
+    """net(x, noise, label=None): x (B, C, H, W), noise (B,) real (log sigma, t, ...), label (B,), -1 or None: no class.
+    Float32 like x, 0 before training; inside bfloat16 if .bf16 is set. UserError for sizes that do not halve."""
+    def __init__(self, channels=1, width=32, mult=(1, 2, 2), blocks=1, patch=1, classes=0, dropout=0.0):
         super().__init__()
         self.patch, self.levels, self.classes, self.bf16 = patch, len(mult), classes, False
         require(width % 8 == 0, f"--width {width} is not a multiple of 8, the groups of the normalisation")
@@ -202,7 +201,8 @@ class UNet(nn.Module):
             self.down.append(Block(c, c := width * mult[level], c_emb, dropout, pool=level > 0 and b == 0))
             skips.append(c)
         self.mid = nn.ModuleList([Block(c, c, c_emb, dropout), Block(c, c, c_emb, dropout)])
-        self.norm_qkv, self.attention = nn.GroupNorm(8, c), nn.MultiheadAttention(c, max(1, c // 64), batch_first=True)
+        self.norm_qkv, heads = nn.GroupNorm(8, c), c // math.gcd(c, 64)
+        self.attention = nn.MultiheadAttention(c, heads, batch_first=True)
         zero(self.attention.out_proj)
         for m in [m for m in mult[::-1] for b in range(blocks)] + [mult[0]]:
             self.up.append(Block(c + skips.pop(), c := width * m, c_emb, dropout))
@@ -249,14 +249,14 @@ def arguments(doc):
     add("--resume", action="store_true", help="go on from OUT/ckpt.pt with its settings, as if never stopped")
     add("--sample-only", action="store_true", help="no training: draw from OUT/ckpt.pt with its settings")
     add("--overwrite", action="store_true", help="start anew in a folder that already holds a run")
-    add("--width", type=int, default=64, help="channels of the U-Net's finest level, a multiple of 8")
-    add("--patch", type=int, default=2, help="pixels squared that the U-Net sees as one: 1 is the finest and slowest")
+    add("--width", type=int, default=32, help="channels of the U-Net's finest level, a multiple of 8")
+    add("--patch", type=int, default=1, help="pixels squared that the U-Net sees as one: 2 is faster and coarser")
     add("--dropout", type=float, default=0.0, help="dropout in the U-Net's blocks")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu) or the name of one")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the network; auto: bf16 in hardware")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--samples", type=int, default=100, help="images to draw at the end")
-    add("--sample-every", type=int, default=1000, help="steps between grids drawn in training, all from the same noise")
+    add("--sample-every", type=int, default=2000, help="steps between grids drawn in training, all from the same noise")
     add("--save-every", type=int, default=250, help="steps between checkpoints")
     add("--npz", action="store_true", help="also write OUT/samples.npz: arr_0, uint8 (N, H, W, 3), for FID programs")
     add("--seed", type=int, default=0, help="of all that is random")
@@ -264,16 +264,15 @@ def arguments(doc):
 
 HERE = {"out", "data_dir", "resume", "sample_only", "overwrite", "device", "npz"}     # not taken from a checkpoint
 FIXED = {"dataset", "size", "width", "patch", "dropout", "classes"}                   # not changed after the start
-MAY_BE_0 = {"seed", "dropout", "ema", "label", "n_classes"}                           # all other numbers are above 0
 
-def settings(parser, script):
+def settings(parser, script, may_be_0=(), not_kept=()):
     """(args, ckpt): the command line, with --resume and --sample-only over the settings saved in OUT/ckpt.pt. Joins
     the processes of torchrun. Raises UserError for a folder that holds a run, or a checkpoint that does not fit."""
     args, ckpt = parser.parse_args(), None
     args.out = out = args.out or f"runs/{script}-{Path(args.dataset).name}"
     if args.resume or args.sample_only:
         ckpt = load_checkpoint(Path(out) / "ckpt.pt", script)
-        saved = {k: v for k, v in ckpt["args"].items() if k not in HERE}
+        saved = {k: v for k, v in ckpt["args"].items() if k not in HERE.union(not_kept)}
         parser.set_defaults(**saved, out=out)
         args = parser.parse_args()
         for k in FIXED & saved.keys():
@@ -283,19 +282,24 @@ def settings(parser, script):
                 f"{out} already holds a run: go on with --resume, draw with --sample-only, start anew with --overwrite")
     for k, v in ((k, v) for k, vs in vars(args).items() for v in (vs if isinstance(vs, list) else [vs])):
         ok = isinstance(v, (str, bool, type(None))) or 0 < v < (1 if k in ("ema", "dropout") else math.inf)
-        require(ok or v == 0 and k in MAY_BE_0, f"--{k.replace('_', '-')} {v} is out of range")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    require("cuda" not in args.device or torch.cuda.is_available(), f"--device {args.device}: no CUDA device here")
+        ok = ok or v == 0 and k in ("seed", "dropout", "ema", *may_be_0)
+        require(ok, f"--{k.replace('_', '-')} {v} is out of range")
+    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = auto if args.device == "auto" else args.device
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]})") from e
     if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:                           # under torchrun
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
+        torch.cuda.set_device(args.device) if "cuda" in args.device else None
         dist.init_process_group("nccl" if "cuda" in args.device else "gloo")
         require(args.batch_size % world == 0, f"--batch-size {args.batch_size} is no multiple of the {world} processes")
+    torch.manual_seed(args.seed)                                                      # the network's first weights
     return args, ckpt
 
 def load_checkpoint(path, script=None):
-    """The dictionary that Run.save wrote (script, args, step, raw, ema, ...), on the CPU, no pickle being run.
-    Raises UserError for a missing or damaged file, or for another script's if script is given."""
+    """What Run.save wrote (script, args, step, raw, ema, ...), no pickle run. UserError if damaged or another's."""
     require(Path(path).exists(), f"there is no checkpoint {path}: train first, or name its folder with --out")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
@@ -314,9 +318,9 @@ class Run:
         self.device, self.n, self.seconds, self.rows, self.signal = torch.device(args.device), 0, 0.0, [], 0
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.print = functools.partial(print, flush=True) if self.rank == 0 else lambda text: None
-        cpu = getattr(torch.cpu, "get_capabilities", dict)() if self.device.type == "cpu" else {}
-        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16") or "cuda" in args.device and torch.cuda.is_bf16_supported()
-        net.bf16 = args.precision == "bf16" or args.precision == "auto" and bool(fast)
+        cpu, cuda = getattr(torch.cpu, "get_capabilities", dict)(), "cuda" in args.device
+        fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        net.bf16 = args.precision == "bf16" or args.precision == "auto" and args.device != "mps" and bool(fast)
         self.raw = net.to(self.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.raw).eval().requires_grad_(False)
         self.opt = torch.optim.Adam(self.raw.parameters(), args.lr, fused=True)
@@ -329,13 +333,12 @@ class Run:
         if args.compile:
             self.raw.compile(), self.ema.compile()
         self.net = nn.parallel.DistributedDataParallel(self.raw) if self.world > 1 else self.raw
-        size, kind = sum(p.numel() for p in net.parameters()) / 1e6, "bf16" if net.bf16 else "fp32"
-        self.print(f"net    {size:.2f} M parameters, {kind} on {self.world} x {args.device}")
+        millions, kind = sum(p.numel() for p in net.parameters()) / 1e6, "bf16" if net.bf16 else "fp32"
+        self.print(f"net    {millions:.2f} M parameters, {kind} on {self.world} x {args.device}")
 
     def batches(self, images, labels=None):
-        """Yield (x0, label) until args.steps are done: x0 float32 (B, C, H, W) in [low, 1], drawn with replacement.
-        The seed of step n is made of (args.seed, n, rank): resuming is exact without a saved random state.
-        Ctrl-C or SIGTERM ends the step, saves and exits; the second one exits at once."""
+        """Yield (x0, label) until args.steps are done: x0 float32 (B, C, H, W) in [low, 1], drawn with replacement. The
+        seed of step n is (args.seed, n, rank): resuming is exact. Ctrl-C and SIGTERM save first; a second one exits."""
         images, labels = images.to(self.device), None if labels is None else labels.to(self.device)
         def stop(number, frame):
             self.signal = number
@@ -353,8 +356,8 @@ class Run:
         """One optimizer step: gradient, clipping, learning rate, Adam, EMA; then log, save and draw when it is time."""
         args, f = self.args, min(1, (self.n + 1) / self.args.steps)
         loss.backward()
-        for old in [*self.out.glob("samples_*.png"), *self.out.glob("ckpt.pt")] if self.n == self.rank == 0 else []:
-            old.unlink()                                            # --overwrite: the new run's first step was possible
+        for old in self.out.glob("*.*") if self.n == self.rank == 0 else ():      # --overwrite, as a step can be made
+            old.unlink() if old.name.startswith(("samples", "process.", "log.csv", "loss.png", "ckpt.pt")) else None
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), 1.0)
         self.opt.param_groups[0]["lr"] = args.lr * min(1, 20 * f) * (1 + math.cos(math.pi * f)) / 2
         self.opt.step()
@@ -363,20 +366,22 @@ class Run:
         torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - decay)
         self.recent[self.n % 100] = torch.stack([loss.detach().float(), norm])
         self.n += 1
-        last, log = self.n == args.steps, self.n == args.steps or self.n % 100 == 0
-        stop = self.signal and (log or self.world == 1)             # many processes must stop at the same step
-        if log:
+        last, stop = self.n == args.steps, self.signal
+        if self.world > 1:                                          # many processes must stop at the same step
+            stop = torch.tensor(self.signal, device=self.device)
+            stop = self.n % 10 == 0 and (dist.all_reduce(stop, dist.ReduceOp.MAX) or stop.item())
+        if last or self.n % 100 == 0:
             self.log()
-        began = time.perf_counter()
         if last or stop or self.n % args.save_every == 0:
             self.save()
+        began = time.perf_counter()
         if self.rank == 0 and not last and (self.n % args.sample_every == 0 or self.n == min(100, args.sample_every)):
             torch.manual_seed(args.seed)                            # every grid starts from the same noise
             save_picture(grid(self.draw(self.ema, 16, None), self.low), self.out / f"samples_{self.n:06d}.png")
-        self.start += time.perf_counter() - began                   # neither is training
+        self.start += time.perf_counter() - began                   # which is not training
         if stop:
             self.print(f"stop   after step {self.n}; go on with --resume --out {self.out}")
-            sys.exit(128 + self.signal)
+            sys.exit(128 + stop)
 
     def mean(self):
         """(loss, gradient norm), means of the last 100 steps over all processes. Raises UserError if not finite."""
@@ -421,30 +426,28 @@ class Run:
             chunks.append(self.draw(self.ema, min(left, 500), None if chunks else frames))
         x = torch.cat(chunks)
         require(x.isfinite().all(), "the samples are not finite: let the sampler take smaller steps")
-        seconds = time.perf_counter() - start
+        self.print(f"drew   {len(x)} images in {time.perf_counter() - start:.0f} s; see {self.out}/samples.png")
         save_picture(grid(x[:100], self.low), self.out / "samples.png")
         for suffix in ("gif", "png"):
             save_process(frames, self.out / f"process.{suffix}", self.low)
         if self.args.npz:
             with aside(self.out / "samples.npz") as f:
                 np.savez(f, to_uint8(x, self.low).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
-        self.print(f"saved  {self.out}/samples.png, {len(x)} images in {seconds:.0f} s; process.gif, process.png")
 
 # --------------------------------------------------------------------------------------------------- pictures
 def to_uint8(x, low=0.0):
     """Float images in [low, 1] as uint8, rounded and clamped."""
     return ((x.float() - low) * (255 / (1 - low))).round().clamp(0, 255).byte().cpu()
 
-def grid(images, low=0.0, cols=None, pad=2):
-    """A Pillow picture of N images (C, H, W) in [low, 1], row by row, enlarged by a whole number to about 600."""
+def grid(images, low=0.0, cols=None, pad=2, size=600):
+    """A Pillow picture of N images (C, H, W) in [low, 1], row by row, enlarged by a whole number to about SIZE."""
     images = to_uint8(images, low)
     N, C, H, W = images.shape
     cols = cols or math.ceil(N ** 0.5)
-    rows = math.ceil(N / cols)
-    images = F.pad(torch.cat([images, images.new_zeros(rows * cols - N, C, H, W)]), (0, pad, 0, pad), value=64)
-    sheet = images.view(rows, cols, C, H + pad, W + pad).permute(2, 0, 3, 1, 4).reshape(C, rows * (H + pad), -1)
+    images = F.pad(torch.cat([images, images.new_zeros(-N % cols, C, H, W)]), (0, pad, 0, pad), value=64)
+    sheet = images.view(-1, cols, C, H + pad, W + pad).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
     sheet = F.pad(sheet, (pad, 0, pad, 0), value=64).permute(1, 2, 0).squeeze(2).numpy()
-    return ImageOps.scale(Image.fromarray(sheet), max(1, round(600 / sheet.shape[1])), Image.Resampling.NEAREST)
+    return ImageOps.scale(Image.fromarray(sheet), max(1, round(size / sheet.shape[1])), Image.Resampling.NEAREST)
 
 def save_picture(picture, path, **options):
     """Write a Pillow picture, all or nothing, in the format of the path's suffix."""
@@ -452,19 +455,17 @@ def save_picture(picture, path, **options):
         picture.save(f, Path(path).suffix[1:], **options)
 
 def save_process(frames, path, low=0.0, rows=6, columns=11):
-    """K frames of N images (C, H, W) each: a .gif plays their grids; a .png has an image a row, time to the right."""
+    """K frames of N images (C, H, W) each: a .gif plays 25 of them; a .png has one a row, time to the right."""
     if Path(path).suffix == ".gif":
-        first, *rest = (grid(f, low) for f in frames)
-        save_picture(first, path, save_all=True, append_images=rest, duration=[80] * len(rest) + [2500], loop=0)
-    else:
-        shown = [frames[round(k)][:rows] for k in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
-        save_picture(grid(torch.stack(shown, dim=1).flatten(0, 1), low, cols=len(shown)), path)
+        first, *rest = (grid(f[:25], low, size=300) for f in frames)
+        return save_picture(first, path, save_all=True, append_images=rest, duration=[80] * len(rest) + [2500], loop=0)
+    shown = [frames[round(k)][:rows] for k in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
+    save_picture(grid(torch.stack(shown, dim=1).flatten(0, 1), low, cols=len(shown)), path)
 
 def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
-    """A line plot {label: [(x, y), ...]} as PNG, without the points that are not finite, or not positive on a log axis.
-    Drawn twice as large as it is saved, which smooths the lines."""
-    on = lambda v, log: math.isfinite(v) and (v > 0 or not log)
-    curves = {label: [(x, y) for x, y in c if on(x, logx) and on(y, logy)] for label, c in curves.items()}
+    """A line plot {label: [(x, y), ...]} as PNG, without points that are not finite, or not positive on a log axis."""
+    ok = lambda v, log: math.isfinite(v) and (v > 0 or not log)
+    curves = {label: [(x, y) for x, y in c if ok(x, logx) and ok(y, logy)] for label, c in curves.items()}
     colors = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563"] * len(curves)
     large, small = ImageFont.load_default(30), ImageFont.load_default(26)
     left, right, top, bottom, points = 170, 1400, 80, 780, sum(curves.values(), [])
@@ -472,7 +473,8 @@ def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
     def axis(values, log, start, end):
         """(function from a value to its pixel, values to mark) for an axis that runs from pixel start to end."""
         low, high = min(values, default=1), max(values, default=10)
-        low, high = (low, high) if low < high else (low / 2, low * 2) if log else (low - 1, high + 1)
+        if low == high:
+            low, high = (low / 2, low * 2) if log else (low - abs(low) - 1, low + abs(low) + 1)
         f, exponent = (math.log10 if log else float), math.floor(math.log10(high / low if log else high - low))
         marks = [m * 10.0 ** k for k in range(-12, 13) for m in ((1,) if exponent > 1 else (1, 2, 5))]
         if not log:
@@ -495,4 +497,4 @@ def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
     draw.rectangle([left, top, right, bottom], outline="#374151", width=2)
     for at, text, anchor in (((left, 40), ylabel, "lm"), ((right, 40), title, "rm"), ((785, 866), xlabel, "mm")):
         draw.text(at, text, "#111827", large, anchor)
-    save_picture(picture.resize((720, 450), Image.Resampling.LANCZOS), path)
+    save_picture(picture.resize((720, 450), Image.Resampling.LANCZOS), path)               # smooths the lines

@@ -59,7 +59,8 @@ class Case(unittest.TestCase):
             shape = (n,) if k % 2 else (n, size, size)
             data = np.arange(n) % 10 if k % 2 else rng.integers(0, 256, shape)
             write_idx(folder / stem, data.astype(np.uint8))
-        return ["--data-dir", self.dir / "data", "--width", 8, "--batch-size", 8, "--T", 2, "--samples", 9, "--steps", 6]
+        return ["--data-dir", self.dir / "data", "--width", 8, "--batch-size", 8, "--samples", 9, "--steps", 6,
+                "--sigma-max", 1, "--sigma-min", 0.01, "--levels", 10, "--eps", 2e-5, "--T", 2]
 
 def write_idx(path, data, compress=False):
     """An IDX file of a uint8 array."""
@@ -88,7 +89,7 @@ class Schedules(Case):
     def test_betas(self):
         beta = common.linear_betas(1000)
         self.near(beta[[0, 499, 999]], [1e-4, 1e-4 + 499 / 999 * 0.0199, 0.02], 1e-12)
-        self.near((1 - beta).log().sum().exp(), 4.0358e-5, 1e-8)              # abar_T of Ho et al., their "about 4e-5"
+        self.near((1 - beta).log().sum().exp(), 4.0358e-5, 1e-8)              # abar_T of Ho et al.
         beta = common.cosine_betas(1000)
         abar = (1 - beta).cumprod(0)
         t = torch.tensor([1, 250, 500, 750], dtype=torch.float64)
@@ -178,14 +179,15 @@ class Langevin(Case):
             return noise.exp().view(-1, 1, 1, 1).expand_as(x)
         with mock.patch.object(torch, "randn_like", torch.zeros_like):
             frames = [torch.zeros(1, 1, 1, 1)]
-            ncsn.sample(net, frames[0], torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64), 0.1, [1, 2, 1], frames=frames)
+            ncsn.sample(net, frames[0], torch.tensor([3.0, 1.0, 0.5]).double(), 0.1, [1, 2, 1], frames=frames, every=1)
         steps = (torch.cat(frames[1:]) - torch.cat(frames[:-1])).flatten()
         self.near(levels, [3, 1, 1, 0.5, 0.5], 1e-6)                       # T steps a level, then the denoising step
         self.near(steps, [0.05 * 36, 0.05 * 4, 0.05 * 4, 0.05, 0.25], 1e-6)
 
     def test_noise_is_the_square_root_of_alpha(self):
         for n, eps in ((1, 0.09), (2, 0.01)):                              # no score: variance n alpha
-            x = ncsn.sample(lambda x, noise, label: 0 * x, torch.zeros(50_000, 1, 1, 1), torch.tensor([0.7]), eps, [n], denoise=False)
+            silent, x = lambda x, noise, label: 0 * x, torch.zeros(50_000, 1, 1, 1)
+            x = ncsn.sample(silent, x, torch.tensor([0.7]), eps, [n], denoise=False)
             self.near(x.var() / (n * eps), 1, 0.03)
 
     def test_two_modes_get_their_weights(self):
@@ -240,7 +242,7 @@ class Network(Case):
 
     def test_sizes_that_do_not_halve(self):
         self.refuses("multiples of 4", common.UNet(1, 8), torch.zeros(1, 1, 30, 28), torch.zeros(1))
-        self.refuses("multiples of 8", common.UNet(1, 8, mult=(1, 1, 1)), torch.zeros(1, 1, 8, 12), torch.zeros(1))
+        self.refuses("multiples of 8", common.UNet(1, 8, mult=(1, 1, 1), patch=2), torch.zeros(1, 1, 8, 12), torch.zeros(1))
         self.refuses("multiple of 8", common.UNet, 1, 12)
 
     def test_every_image_sees_its_own_noise_and_label_and_every_pixel(self):
@@ -276,7 +278,7 @@ class Network(Case):
         sigma = common.geometric_sigmas(1, 0.01, 4)
         x, label = torch.rand(2, 1, 8, 8, device="meta"), torch.zeros(2, device="meta", dtype=torch.long)
         ncsn.loss(net, x, sigma.float().to("meta"), label).backward()
-        out = ncsn.sample(net, x, sigma, 2e-5, [2] * 4, label, frames=[], every=1)
+        out = ncsn.sample(net, x, sigma, 2e-5, [2] * 4, label, frames=[])
         self.assertEqual((out.shape, out.device.type), (x.shape, "meta"))
         self.assertEqual(ncsn.denoiser(None, net)(x, 0.1).device.type, "meta")
 
@@ -370,13 +372,18 @@ class Images(Case):
             self.near(images, part[:, 1:].reshape(-1, 3, 32, 32), 0)
             self.near(labels, part[:, 0], 0)
         self.assertEqual([p.name for p in self.dir.iterdir()], ["cifar10"])    # nothing was extracted
-        for bad in (path.read_bytes()[:-40], path.read_bytes()[:200], b"", b"not a tar"):
+        good = path.read_bytes()
+        for bad in (good[:-40], good[:200], b"", b"not a tar"):
             path.write_bytes(bad)
             self.refuses(str(path), common.load_images, "cifar10", self.dir)
         path.unlink()
-        path.with_name("published").write_bytes(b"something else")
-        with mock.patch.dict(common.MIRRORS, {"cifar10": [path.parent.as_uri() + "/"]}):
-            self.refuses(str(path.parent), common.load_images, "cifar10", self.dir)
+        (self.dir / "mirror").mkdir()
+        (self.dir / "mirror" / path.name).write_bytes(good)                # readable, but not what was published
+        with mock.patch.dict(common.MIRRORS, {"cifar10": [(self.dir / "mirror").as_uri() + "/"]}):
+            self.refuses("wrong checksum", common.load_images, "cifar10", self.dir)
+            with mock.patch.dict(common.MD5, {path.name: hashlib.md5(good).hexdigest()}), \
+                    contextlib.redirect_stdout(io.StringIO()):
+                self.assertEqual(len(common.load_images("cifar10", self.dir)[0]), 10)
 
     def test_folder_of_pictures(self):
         folder = self.dir / "pictures"
@@ -472,8 +479,9 @@ class Pictures(Case):
         self.assertLess(left, 40)
         self.assertGreater(low, high + 150)                                # rises
         straight = [(10.0 ** k, 10.0 ** (2 * k)) for k in range(4)]
-        self.assertLess(ends(straight, logx=True, logy=True)[-1], ends(straight, logx=True)[-1] - 50)                                 # a power law is straight on two log axes
-        for points in ([], [(1, 1)], [(1, math.nan), (2, 5), (3, math.inf)], [(0, -1), (-1, 0)]):
+        straight_line, bent = ends(straight, logx=True, logy=True)[-1], ends(straight, logx=True)[-1]
+        self.assertLess(straight_line, bent - 50)                          # a power law is straight on two log axes
+        for points in ([], [(1, 1)], [(1, 1e300)], [(1, math.nan), (2, 5), (3, math.inf)], [(0, -1), (-1, 0)]):
             for log in (False, True):
                 common.plot(self.dir / "odd.png", {"odd": points}, "x", "y", logx=log, logy=log)
 
@@ -496,7 +504,7 @@ class Runs(Case):
         flags, out = self.tiny(), self.dir / "run"
         code, text, err = self.command(ncsn, *flags, "--out", out, "--classes", "--npz", "--T", *[2] * 9, 3)
         self.assertEqual((code, err), (0, ""))
-        self.assertEqual(text.count("r = a / sigma^2 = 0.1 "), 10)
+        self.assertEqual(text.count(" 0.1 x1.053"), 10)                                # r and inflation of every level
         self.assertEqual(sorted(p.name for p in out.iterdir()), ["ckpt.pt", "log.csv", "loss.png", "process.gif",
                          "process.png", "samples.npz", "samples.png"])
         for name in ("loss.png", "process.png", "samples.png"):
@@ -508,19 +516,50 @@ class Runs(Case):
         before = (out / "samples.png").read_bytes()
         code, text, _ = self.command(ncsn, "--sample-only", "--out", out, "--npz")     # same settings, same noise
         self.assertEqual((code, (out / "samples.png").read_bytes()), (0, before))
-        drawn = []
-        real = ncsn.sample
-        def spy(net, x, sigma, eps, T, label, *rest, **options):
-            drawn.append((len(x), eps, T, label.tolist()))
-            return real(net, x, sigma, eps, T, label, *rest, **options)
+        drawn, real = [], ncsn.sample
+        def spy(net, x, sigma, eps, T, label, denoise, *rest):
+            self.assertTrue(0 <= x.min() < 0.1 and 0.9 < x.max() <= 1 and abs(x.mean() - 0.5) < 0.1)      # uniform
+            drawn.append((eps, T, label.tolist(), denoise))
+            return real(net, x, sigma, eps, T, label, denoise, *rest)
         with mock.patch.object(ncsn, "sample", spy):
-            self.command(ncsn, "--sample-only", "--out", out, "--label", 7, "--samples", 3, "--eps", 1e-5, "--T", 1)
-        self.assertEqual(drawn, [(3, 1e-5, [1] * 10, [7] * 3)])                        # sevens, by the flags given now
+            only = ["--sample-only", "--out", out, "--samples", 3]
+            self.command(ncsn, *only, "--label", 7, "--eps", 1e-5, "--T", 1, "--no-denoise")
+            self.command(ncsn, *only)
+        self.assertEqual(drawn, [(1e-5, [1] * 10, [7] * 3, False),                     # sevens, by the flags given now,
+                                 (2e-5, [2] * 9 + [3], [0, 1, 2], True)])              # which are not remembered
+        ckpt = common.load_checkpoint(out / "ckpt.pt")
+        net = common.UNet(1, 8, classes=10).eval()
+        y, label = torch.rand(2, 1, 8, 8), torch.tensor([1, 2])
+        for weights, same in (("ema", True), ("raw", False)):
+            net.load_state_dict(ckpt[weights])
+            distance = (ncsn.denoiser(ckpt)(y, 0.5, label) - ncsn.denoiser(None, net)(y, 0.5, label)).abs().max()
+            self.assertEqual(distance.item() == 0, same)                               # the averaged network
         for flags, words in ((["--label", 10], "--label 10"), (["--width", 16], "--width is 8"), (["--T", 1, 2], "--T gives 2"),
                              (["--device", "cuda:7"], "--device cuda:7")):
             code, _, err = self.command(ncsn, "--sample-only", "--out", out, *flags)
             self.assertEqual(code, 2)
             self.assertIn(words, err)
+
+    def test_training_gets_labels_and_power(self):
+        seen, real = [], ncsn.loss
+        def spy(net, x, sigma, label, power):
+            seen.append((label is not None, power, sigma.tolist()))
+            return real(net, x, sigma, label, power)
+        with mock.patch.object(ncsn, "loss", spy):
+            flags = [*self.tiny(), "--steps", 1, "--levels", 3, "--sigma-max", 4, "--sigma-min", 1]
+            self.command(ncsn, *flags, "--out", self.dir / "a", "--classes", "--power", 3)
+            self.command(ncsn, *flags, "--out", self.dir / "b", "--power", 0)
+        self.assertEqual([s[:2] for s in seen], [(True, 3.0), (False, 0.0)])
+        self.near(seen[0][2], [4, 2, 1], 1e-6)
+
+    def test_seed_decides_the_first_weights(self):
+        first = {}
+        for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+            torch.manual_seed(ord(name))                                               # whatever was drawn before
+            self.command(ncsn, *self.tiny(), "--steps", 2, "--lr", 1e-9, "--out", self.dir / name, "--seed", seed)
+            first[name] = common.load_checkpoint(self.dir / name / "ckpt.pt")["raw"]["conv_in.weight"]
+        self.assertTrue(torch.equal(first["a"], first["b"]))
+        self.assertFalse(torch.equal(first["a"], first["c"]))
 
     def test_warns_of_steps_that_overshoot(self):
         flags = [*self.tiny(), "--steps", 1, "--levels", 2]
@@ -539,7 +578,7 @@ class Runs(Case):
         self.assertTrue({"samples_000002.png", "samples_000004.png"} <= {p.name for p in (self.dir / "run").iterdir()})
         code, _, err = self.command(ncsn, *flags, "--overwrite", "--patch", 3)
         self.assertEqual(code, 2)
-        self.assertIn("multiples of 6", err)
+        self.assertIn("multiples of 12", err)
         self.assertTrue((self.dir / "run" / "ckpt.pt").exists())                       # a mistake costs nothing
         code, _, err = self.command(ncsn, *flags, "--overwrite", "--classes")
         self.assertEqual(code, 2)
@@ -548,7 +587,7 @@ class Runs(Case):
     def test_killed_or_interrupted_and_resumed_is_never_stopped(self):
         flags = [*self.tiny(), "--steps", 260, "--save-every", 10, "--sample-every", 50, "--classes", "--dropout", 0.1]
         self.assertEqual(self.command(ncsn, *flags, "--out", self.dir / "whole")[0], 0)
-        for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        for number, status in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)):
             out = self.dir / number.name
             argv = [sys.executable, HERE / "ncsn.py", *flags, "--out", out]
             process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -559,7 +598,7 @@ class Runs(Case):
             self.assertEqual(process.returncode, status, err)
             step = state(out / "ckpt.pt")[1]
             self.assertTrue(10 <= step < 260)
-            if number == signal.SIGINT:
+            if number != signal.SIGKILL:
                 self.assertIn(f"stop   after step {step}; go on with --resume", text)
             self.assertEqual(self.command(ncsn, *flags[:2], "--out", out, "--resume")[0], 0)
             self.same(out, self.dir / "whole")
@@ -613,10 +652,10 @@ class Runs(Case):
         def full(fd):
             raise OSError(28, "No space left on device")
         with mock.patch.object(os, "fsync", full):
-            code, _, err = self.command(ncsn, *flags, "--resume", "--steps", 9)
+            code, _, err = self.command(ncsn, *flags, "--resume", "--steps", 9, "--save-every", 8)
         self.assertEqual((code, err.count("\n")), (2, 1))
-        self.assertIn("No space left on device", err)
-        self.assertEqual(before, {p.name: p.read_bytes() for p in out.iterdir()})
+        self.assertIn("ckpt.pt (No space left on device)", err)
+        self.assertEqual(before, {p.name: p.read_bytes() for p in out.iterdir()})      # and no half file beside it
         self.assertEqual(self.command(ncsn, *flags, "--resume", "--steps", 9)[0], 0)
 
     def test_loss_that_is_not_finite_stops_before_the_checkpoint(self):
@@ -626,9 +665,9 @@ class Runs(Case):
         for broken in (lambda *a: real(*a) * math.nan, lambda *a: real(*a) + (0 * real(*a)).sqrt()):   # value, gradient
             real = ncsn.loss
             with mock.patch.object(ncsn, "loss", broken):
-                code, _, err = self.command(ncsn, *flags, "--resume", "--steps", 9)
+                code, _, err = self.command(ncsn, *flags, "--resume", "--steps", 9, "--save-every", 8)
             self.assertEqual((code, err.count("\n")), (2, 1))
-            self.assertIn("not finite", err)
+            self.assertIn("not finite in the steps up to 8", err)
             self.assertEqual((out / "ckpt.pt").read_bytes(), before)
 
     def test_adam_learning_rate_ema_and_data(self):
@@ -659,7 +698,8 @@ class Runs(Case):
             self.near(rates[n], 0.01 * min(1, 20 * f) * (1 + math.cos(math.pi * f)) / 2, 1e-9)
         self.near((weights[1] - weights[0]).abs(), rates[0], 1e-6)                     # Adam's first step is lr
         self.assertGreater(len(torch.cat(seen).unique()), 45)
-        self.assertLess(state(self.dir / "run" / "ckpt.pt")[0]["recent"][39, 0], 0.2 * state(self.dir / "run" / "ckpt.pt")[0]["recent"][0, 0])
+        recent = state(self.dir / "run" / "ckpt.pt")[0]["recent"]
+        self.assertLess(recent[39, 0], 0.2 * recent[0, 0])                             # and it learns
 
     def test_bad_flags_are_one_sentence(self):
         for flags in (["--steps", 0], ["--eps", -1], ["--dropout", 1], ["--T", 0], ["--dataset", "nowhere"], ["--levels", -3],
