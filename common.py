@@ -98,7 +98,7 @@ def parse_idx(raw, sha256):
 def parse_cifar10(raw, split):
     """(N, 3073) labels and images in CIFAR-10's binary archive, read in place and never extracted."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
         files = {Path(m.name).name: tar.extractfile(m).read() for m in tar if Path(m.name).name in names}
     return np.frombuffer(b"".join(files[n] for n in names), np.uint8).reshape(-1, 3073)
 
@@ -127,7 +127,7 @@ def read_folder(folder, size=None):
     pictures = []
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()):
         try:
-            im = ImageOps.exif_transpose(Image.open(path))
+            im = ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes())))
             if im.mode.startswith("I"):                                  # 16-bit grey, which convert() would clip
                 im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
             require(im.mode != "F", "its pixels are floats of unknown range")
@@ -489,7 +489,7 @@ def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
         draw.line(line, "#e5e7eb", 2)
         draw.text(at, text, "#374151", small, anchor)
     for (label, curve), color, k in zip(curves.items(), colors, range(len(curves))):
-        draw.line([(px(x), py(y)) for x, y in curve], color, 5, joint="curve")
+        draw.line([(px(x), py(y)) for x, y in curve] or [(0, 0)], color, 5, joint="curve")
         for x, y in curve if len(curve) <= 30 else []:
             draw.ellipse([px(x) - 7, py(y) - 7, px(x) + 7, py(y) + 7], color)
         draw.line([right - 70, top + 34 + 40 * k, right - 20, top + 34 + 40 * k], color, 7)              # legend

@@ -8,8 +8,10 @@ Loss     l(theta; sigma) = 1/2 E || s(x~, sigma) + (x~ - x) / sigma^2 ||^2      
 Sample   for sigma_1 ... sigma_L, T times each: x <- x + alpha_i/2 s(x, sigma_i) + sqrt(alpha_i) z,
          alpha_i = eps sigma_i^2 / sigma_L^2                                                      Algorithm 1
 Differs  mean over pixels instead of sum; one U-Net that is told log sigma, no RefineNet with one normalisation a
-         level; images are not dequantised; a last denoising step (Tweedie), as in the authors' second paper. The
-         authors' code takes x + alpha_i s + sqrt(2 alpha_i) z, twice the step at the same eps: --eps 4e-5 here.
+         level; images are not dequantised; clipped gradients, a learning rate that decays, an average of the weights
+         and a last denoising step (Tweedie), as in the authors' second paper; and by default more levels, from a
+         larger sigma, lambda = sigma^3 (see README, "What differs"). The authors' code takes x + alpha_i s +
+         sqrt(2 alpha_i) z, twice the step at the same eps: what is --eps 2e-5 there is --eps 4e-5 here.
 
     python ncsn.py --dataset mnist              # trains, then see runs/ncsn-mnist/samples.png and process.gif
     python ncsn.py --dataset mnist --resume     # goes on; with --sample-only just draws
