@@ -220,7 +220,7 @@ class UNet(nn.Module):
             emb = emb + self.label(label % (self.classes + 1))                         # -1 is the last row
         h, emb = self.conv_in(F.pixel_unshuffle(x, self.patch)), F.silu(emb)           # (B, width, H / patch, ...)
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            skips = [h := h.to(torch.bfloat16 if self.bf16 else h.dtype, memory_format=torch.channels_last)]
+            skips = [h := h.bfloat16() if self.bf16 else h]
             for block in self.down:
                 skips.append(h := block(h, emb))
             h = self.mid[0](h, emb)
@@ -315,13 +315,14 @@ class Run:
     and the frames of the process. ckpt: where to go on. Raises UserError if the loss is not finite."""
     def __init__(self, args, script, net, draw, ckpt=None, low=0.0):
         self.args, self.script, self.draw, self.low, self.out = args, script, draw, low, Path(args.out)
-        self.device, self.n, self.seconds, self.rows, self.signal = torch.device(args.device), 0, 0.0, [], 0
+        self.device, self.n, self.seconds, self.rows, self.signal = args.device, 0, 0.0, [], 0
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.print = functools.partial(print, flush=True) if self.rank == 0 else lambda text: None
         cpu, cuda = getattr(torch.cpu, "get_capabilities", dict)(), "cuda" in args.device
         fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         net.bf16 = args.precision == "bf16" or args.precision == "auto" and args.device != "mps" and bool(fast)
-        self.raw = net.to(self.device, memory_format=torch.channels_last)
+        layout = torch.channels_last if cuda else torch.contiguous_format       # a CPU normalises channels_last slowly
+        self.raw = net.to(self.device, memory_format=layout)
         self.ema = copy.deepcopy(self.raw).eval().requires_grad_(False)
         self.opt = torch.optim.Adam(self.raw.parameters(), args.lr, fused=True)
         self.recent = torch.zeros(100, 2, device=self.device)       # loss, gradient norm of the last 100 steps

@@ -88,7 +88,7 @@ def denoiser(ckpt, net=None, device="cpu"):
 
 def main():
     p = common.arguments(__doc__)
-    p.add_argument("--steps", type=int, help="optimizer steps (None: 3500 on digits, 5500 on others; paper: 200,000)")
+    p.add_argument("--steps", type=int, help="optimizer steps (None: 3500 on digits, 6500 on others; paper: 200,000)")
     p.add_argument("--batch-size", type=int, default=16, help="images a step, shared by all processes (paper: 128)")
     p.add_argument("--lr", type=float, default=1e-3, help="largest learning rate of Adam: 5%% of the steps up to it, "
                    "then a cosine down to 0 (paper: 1e-3, constant)")
@@ -106,7 +106,7 @@ def main():
     p.add_argument("--label", type=int, help="draw this class only; a network trained with --classes")
     args, ckpt = common.settings(p, "ncsn", may_be_0=("label", "n_classes", "power"),
                                  not_kept=("label", "no_denoise"))
-    args.steps = args.steps or (3500 if args.dataset == "digits" else 5500)
+    args.steps = args.steps or (3500 if args.dataset == "digits" else 6500)
     require(args.sigma_min <= args.sigma_max, f"--sigma-min {args.sigma_min} is above --sigma-max {args.sigma_max}")
     sigma = geometric_sigmas(args.sigma_max, args.sigma_min, args.levels)
     T = args.T * args.levels if len(args.T) == 1 else args.T
