@@ -331,11 +331,10 @@ class Run:
             self.recent.copy_(ckpt["recent"])
             for name in ("raw", "ema", "opt"):
                 getattr(self, name).load_state_dict(ckpt[name])
-        if args.compile:
-            self.raw.compile(), self.ema.compile()
+        self.raw.compile() or self.ema.compile() if args.compile else None
         self.net = nn.parallel.DistributedDataParallel(self.raw) if self.world > 1 else self.raw
-        millions, kind = sum(p.numel() for p in net.parameters()) / 1e6, "bf16" if net.bf16 else "fp32"
-        self.print(f"net    {millions:.2f} M parameters, {kind} on {self.world} x {args.device}")
+        size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
+        self.print(f"net    {size}, {'bf16' if net.bf16 else 'fp32'} on {self.world} x {args.device}")
 
     def batches(self, images, labels=None):
         """Yield (x0, label) until args.steps are done: x0 float32 (B, C, H, W) in [low, 1], drawn with replacement. The

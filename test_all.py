@@ -250,12 +250,13 @@ class Network(Case):
         x, noise, label = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 0.0, 1.0, 900.0]), torch.tensor([0, 1, 2, 0])
         out = net(x, noise, label)
         for i in range(4):
-            self.near(net(x[i:i + 1], noise[i:i + 1], label[i:i + 1]), out[i:i + 1], 1e-4)
+            self.near(net(x[i:i + 1], noise[i:i + 1], label[i:i + 1]), out[i:i + 1], 1e-4 * out.abs().max().item())
         one = x[:1].expand(4, -1, -1, -1)
         different = lambda a: (a[:, None] - a[None]).flatten(2).abs().amax(2) + torch.eye(4) > 1e-3
         self.assertTrue(different(net(one, torch.tensor([-4.0, 0.5, 500.0, 501.0]), label * 0)).all())
         self.assertTrue(different(net(one, noise * 0, torch.tensor([0, 1, 2, -1]))).all())
-        self.near(net(one, noise * 0, noise.long() * 0 - 1), net(one, noise * 0), 0)       # -1 is no label
+        none = net(one, noise * 0)
+        self.near(net(one, noise * 0, noise.long() * 0 - 1), none, 1e-5 * none.abs().max().item())     # -1 is no label
         x.requires_grad_()
         net(x, noise, label)[:, :, 0, 0].sum().backward()
         self.assertGreater((x.grad != 0).float().mean(), 0.99)             # attention: every pixel sees every other
@@ -271,7 +272,8 @@ class Network(Case):
     def test_compiles_without_a_graph_break(self):
         net, x, noise = self.shaken(classes=2), torch.randn(2, 1, 8, 8), torch.randn(2)
         compiled = torch.compile(net, backend="eager", fullgraph=True)
-        self.near(compiled(x, noise, torch.tensor([0, 1])), net(x, noise, torch.tensor([0, 1])), 1e-5)
+        out = net(x, noise, torch.tensor([0, 1]))
+        self.near(compiled(x, noise, torch.tensor([0, 1])), out, 1e-5 * out.abs().max().item())
 
     def test_loss_and_sampler_leave_nothing_behind_on_the_cpu(self):
         net = common.UNet(1, 8, classes=3).to("meta")                      # meta: reading a number back would raise
@@ -533,7 +535,7 @@ class Runs(Case):
         for weights, same in (("ema", True), ("raw", False)):
             net.load_state_dict(ckpt[weights])
             distance = (ncsn.denoiser(ckpt)(y, 0.5, label) - ncsn.denoiser(None, net)(y, 0.5, label)).abs().max()
-            self.assertEqual(distance.item() == 0, same)                               # the averaged network
+            self.assertEqual(distance.item() < 1e-5, same)                               # the averaged network
         for flags, words in ((["--label", 10], "--label 10"), (["--width", 16], "--width is 8"), (["--T", 1, 2], "--T gives 2"),
                              (["--device", "cuda:7"], "--device cuda:7")):
             code, _, err = self.command(ncsn, "--sample-only", "--out", out, *flags)
