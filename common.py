@@ -455,9 +455,9 @@ def save_picture(picture, path, **options):
         picture.save(f, Path(path).suffix[1:], **options)
 
 def save_process(frames, path, low=0.0, rows=6, columns=11):
-    """K frames of N images (C, H, W) each: a .gif plays 25 of them; a .png has one a row, time to the right."""
+    """K frames of N images (C, H, W) each: a .gif plays 16 of them; a .png has one a row, time to the right."""
     if Path(path).suffix == ".gif":
-        first, *rest = (grid(f[:25], low, size=300) for f in frames)
+        first, *rest = (grid(f[:16], low, size=300) for f in frames)
         return save_picture(first, path, save_all=True, append_images=rest, duration=[80] * len(rest) + [2500], loop=0)
     shown = [frames[round(k)][:rows] for k in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
     save_picture(grid(torch.stack(shown, dim=1).flatten(0, 1), low, cols=len(shown)), path)
