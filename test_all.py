@@ -437,7 +437,7 @@ class Images(Case):
         self.near(labels.bincount(minlength=10) / 10_000, 0.1, 0.015)
         x = images.float().flatten(1) / 255
         self.near(x.mean(), 0.19, 0.03)
-        self.assertLess(x.view(-1, 28, 28)[:, [0, -1]].mean(), 0.01)       # hardly a digit touches the border
+        self.assertLess(x.view(-1, 28, 28)[:, [0, -1]].mean(), 0.02)       # hardly a digit touches the border
         means = torch.stack([x[:5000][labels[:5000] == k].mean(0) for k in range(10)])
         nearest = torch.cdist(x[5000:], means).argmin(1)
         self.assertGreater((nearest == labels[5000:]).float().mean(), 0.6)     # labels and shapes belong together
