@@ -1,13 +1,16 @@
-"""What has no equation number: image sets, noise schedules, the U-Net, runs and checkpoints, pictures."""
-import argparse, contextlib, copy, functools, gzip, hashlib, http.client, io, math, os, signal, socket, struct
-import sys, tarfile, time, urllib.request, zlib
+"""What has no equation number: image sets, noise schedules, the U-Net, runs and checkpoints, quality, speed.
+
+    python common.py --benchmark                # images a second of the default network, and what its convolutions allow
+"""
+import argparse, concurrent.futures, contextlib, copy, csv, ctypes, functools, hashlib, io, math, multiprocessing, os
+import resource, signal, sys, time
 from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import toy
 
 class UserError(Exception):
     """A mistake that the user can mend: one sentence that names the file or flag and the cure."""
@@ -41,108 +44,23 @@ def aside(path):
         part.unlink(missing_ok=True)
 
 # ------------------------------------------------------------------------------------------------- image sets
-FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
-SHA256 = {"digits": [None] * 4, "mnist": """                                   of the FILES, decompressed
-              ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db
-              65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5
-              0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7
-              ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2""".split()[-4:], "fashion-mnist": """
-              c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888
-              bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9
-              5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b
-              0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34""".split()}
-MD5 = {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}         # as published
-MIRRORS = {
-    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"],
-    "fashion-mnist": ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                      "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"],
-    "cifar10": ["https://www.cs.toronto.edu/~kriz/",
-                "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"]}
-
 def load_images(name, data_dir="data", split="train", size=None):
     """uint8 images (N, C, H, W) and int64 labels (N,) of a named set, or of a folder of pictures (labels None).
     What is missing is drawn (digits) or downloaded. Raises UserError naming the file and the cure."""
-    if name not in (*SHA256, "cifar10"):
-        return read_folder(Path(name), size), None
+    if name not in (*toy.SHA256, "cifar10"):
+        return toy.read_folder(Path(name), size), None
     require(not size, f"--size is for a folder of pictures; {name} has its own")
     folder, files, arrays = Path(data_dir) / name, {"train": slice(0, 2), "test": slice(2, 4)}[split], []
     if name == "cifar10":
-        rows = torch.tensor(read(folder / "cifar-10-binary.tar.gz", parse_cifar10, split))
+        rows = torch.tensor(toy.read(folder / "cifar-10-binary.tar.gz", toy.parse_cifar10, split))
         return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
-    for stem, sha256 in zip(FILES[files], SHA256[name][files]):
+    for stem, sha256 in zip(toy.FILES[files], toy.SHA256[name][files]):
         names = [n + gz for n in (stem, stem.replace("-idx", ".idx")) for gz in ("", ".gz")]
         path = next((folder / n for n in names if (folder / n).exists()), folder / names[name != "digits"])
         if name == "digits" and not path.exists():
-            import toy                                  # toy draws toy data; it stands on this file, so not at the top
-            toy.draw_digits(folder, FILES[files])
-        arrays.append(torch.tensor(read(path, parse_idx, sha256)))
+            toy.draw_digits(folder, toy.FILES[files])
+        arrays.append(torch.tensor(toy.read(path, toy.parse_idx, sha256)))
     return arrays[0][:, None], arrays[1].long()
-
-def read(path, parse, *options):
-    """parse(bytes of PATH, decompressed, *options), after a download if it is missing. UserError if it is damaged."""
-    if not path.exists():
-        download(path, parse, *options)
-    try:
-        raw = path.read_bytes()
-        return parse(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw, *options)
-    except (EOFError, OSError, zlib.error, struct.error, tarfile.TarError, KeyError, ValueError, UserError) as e:
-        raise UserError(f"{path} is truncated, damaged or another file ({e}); delete it and run again") from e
-
-def parse_idx(raw, sha256):
-    """uint8 array of an IDX file."""
-    zeros, kind, ndim = struct.unpack_from(">HBB", raw)
-    data = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(struct.unpack_from(f">{ndim}I", raw, 4))
-    require((zeros, kind) == (0, 8) and sha256 in (None, hashlib.sha256(raw).hexdigest()), "wrong magic or checksum")
-    return data
-
-def parse_cifar10(raw, split):
-    """(N, 3073) labels and images in CIFAR-10's binary archive, read in place and never extracted."""
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-        files = {Path(m.name).name: tar.extractfile(m).read() for m in tar if Path(m.name).name in names}
-    return np.frombuffer(b"".join(files[n] for n in names), np.uint8).reshape(-1, 3073)
-
-def download(path, parse, *options):
-    """Fetch PATH from a mirror of its folder, each tried twice, and try to read it. UserError names the addresses."""
-    part, tried, mib = Path(f"{path}.{os.getpid()}.part"), [], 2 ** 20
-    socket.setdefaulttimeout(30)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for url in [mirror + path.name for mirror in MIRRORS[path.parent.name] * 2]:
-        try:
-            urllib.request.urlretrieve(url, part, lambda k, block, total: print(
-                f"\rfetch  {url} {min(k * block, total) / mib:.1f} of {total / mib:.1f} MiB", end="", flush=True))
-            print()
-            require(MD5.get(path.name) in (None, hashlib.md5(part.read_bytes()).hexdigest()), "wrong checksum")
-            read(part, parse, *options)
-            return part.replace(path)
-        except (OSError, http.client.HTTPException, UserError) as e:
-            tried.append(f"{url} ({e})")
-        finally:
-            part.unlink(missing_ok=True)
-    raise UserError(f"cannot download {path.name}; put it into {path.parent} by hand. Tried: {', '.join(tried)}")
-
-def read_folder(folder, size=None):
-    """All pictures below FOLDER (N, C, H, W): one channel if all are grey, else RGB; transparent becomes white."""
-    require(folder.is_dir(), f"--dataset {folder} is neither {', '.join(SHA256)}, cifar10 nor a folder of pictures")
-    pictures = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()):
-        try:
-            im = ImageOps.exif_transpose(Image.open(io.BytesIO(path.read_bytes())))
-            if im.mode.startswith("I"):                                  # 16-bit grey, which convert() would clip
-                im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
-            require(im.mode != "F", "its pixels are floats of unknown range")
-            mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
-            if im.has_transparency_data:
-                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-            im = im.convert(mode)
-        except (OSError, SyntaxError, ValueError, UserError, Image.DecompressionBombError) as e:
-            raise UserError(f"cannot read the picture {path} ({e}); remove it from the folder") from e
-        pictures.append(ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS) if size else im)
-        require(pictures[-1].size == pictures[0].size, f"{path} is not of the first one's size: give --size, say 32")
-    require(pictures, f"the folder {folder} holds no picture that Pillow can read")
-    mode = "L" if all(im.mode == "L" for im in pictures) else "RGB"
-    images = torch.from_numpy(np.stack([np.asarray(im.convert(mode)) for im in pictures]))
-    return images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous()
 
 # --------------------------------------------------------------------------------------------- noise schedules
 def geometric_sigmas(sigma_max, sigma_min, L):
@@ -180,32 +98,29 @@ class Block(nn.Module):
     def forward(self, x, emb):
         x = F.avg_pool2d(x, 2) if self.pool else x
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)                 # (B, C, 1, 1) each
-        h = torch.addcmul(shift, self.norm2(self.conv1(F.silu(self.norm1(x)))), 1 + scale)
+        h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift        # addcmul is slow on CPUs
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
 class UNet(nn.Module):
     """net(x, noise, label=None): x (B, C, H, W), noise (B,) real (log sigma, t, ...), label (B,), -1 or None: no class.
     Float32 like x, 0 before training; inside bfloat16 if .bf16 is set. UserError for sizes that do not halve."""
-    def __init__(self, channels=1, width=32, mult=(1, 2, 2), blocks=1, patch=1, classes=0, dropout=0.0):
+    def __init__(self, channels=1, width=32, mult=(1, 2, 2), patch=1, classes=0, dropout=0.0):
         super().__init__()
         self.patch, self.levels, self.classes, self.bf16 = patch, len(mult), classes, False
         require(width % 8 == 0, f"--width {width} is not a multiple of 8, the groups of the normalisation")
-        c, c_emb, skips = width, 4 * width, [width]
+        c, c_emb = width, 4 * width
         # frequencies in radians: 2, two neighbouring levels of log sigma stay alike; 0.002, t = 1 and 1000 differ
         self.register_buffer("freq", torch.logspace(math.log10(2), math.log10(0.002), width // 2), persistent=False)
         self.emb = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.label = nn.Embedding(classes + 1, c_emb) if classes else None             # the last row: null class
         self.conv_in = nn.Conv2d(channels * patch ** 2, width, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for level, b in ((level, b) for level in range(len(mult)) for b in range(blocks)):
-            self.down.append(Block(c, c := width * mult[level], c_emb, dropout, pool=level > 0 and b == 0))
-            skips.append(c)
+        self.down = nn.ModuleList([Block(c, c := width * m, c_emb, dropout, pool=k > 0) for k, m in enumerate(mult)])
         self.mid = nn.ModuleList([Block(c, c, c_emb, dropout), Block(c, c, c_emb, dropout)])
         self.norm_qkv, heads = nn.GroupNorm(8, c), c // math.gcd(c, 64)
         self.attention = nn.MultiheadAttention(c, heads, batch_first=True)
         zero(self.attention.out_proj)
-        for m in [m for m in mult[::-1] for b in range(blocks)] + [mult[0]]:
-            self.up.append(Block(c + skips.pop(), c := width * m, c_emb, dropout))
+        self.side = nn.ModuleList([nn.Conv2d(c, c := width * m, 1) for m in mult[::-1]])
+        self.up = nn.ModuleList([Block(width * m, width * m, c_emb, dropout) for m in mult[::-1]])
         self.norm, self.conv_out = nn.GroupNorm(8, c), zero(nn.Conv2d(c, channels * patch ** 2, 3, padding=1))
 
     def forward(self, x, noise, label=None):
@@ -220,17 +135,16 @@ class UNet(nn.Module):
             emb = emb + self.label(label % (self.classes + 1))                         # -1 is the last row
         h, emb = self.conv_in(F.pixel_unshuffle(x, self.patch)), F.silu(emb)           # (B, width, H / patch, ...)
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            skips = [h := h.bfloat16() if self.bf16 else h]
+            h, skips = h.bfloat16() if self.bf16 else h, []
             for block in self.down:
                 skips.append(h := block(h, emb))
             h = self.mid[0](h, emb)
             q = self.norm_qkv(h).flatten(2).transpose(1, 2)                            # (B, pixels, C)
             h = h + self.attention(q, q, q, need_weights=False)[0].transpose(1, 2).reshape(h.shape)
             h = self.mid[1](h, emb)
-            for block in self.up:
-                skip = skips.pop()
-                h = F.interpolate(h, skip.shape[-2:]) if h.shape[-2:] != skip.shape[-2:] else h
-                h = block(torch.cat([h, skip], dim=1), emb)
+            for side, block in zip(self.side, self.up):
+                skip, h = skips.pop(), side(h)                 # a sum: to concatenate them doubles the dearest layers
+                h = block(skip + (F.interpolate(h, skip.shape[-2:]) if h.shape != skip.shape else h), emb)
             h = F.silu(self.norm(h)).float()
         return F.pixel_shuffle(self.conv_out(h), self.patch)
 
@@ -259,10 +173,11 @@ def arguments(doc):
     add("--sample-every", type=int, default=2000, help="steps between grids drawn in training, all from the same noise")
     add("--save-every", type=int, default=250, help="steps between checkpoints")
     add("--npz", action="store_true", help="also write OUT/samples.npz: arr_0, uint8 (N, H, W, 3), for FID programs")
+    add("--evaluate", type=int, help="draw at least N images and compare N with the test set: a row of OUT/quality.csv")
     add("--seed", type=int, default=0, help="of all that is random")
     return p
 
-HERE = {"out", "data_dir", "resume", "sample_only", "overwrite", "device", "npz"}     # not taken from a checkpoint
+HERE = {"out", "data_dir", "resume", "sample_only", "overwrite", "device", "npz", "evaluate"}     # not taken from a checkpoint
 FIXED = {"dataset", "size", "width", "patch", "dropout", "classes"}                   # not changed after the start
 
 def settings(parser, script, may_be_0=(), not_kept=()):
@@ -284,6 +199,8 @@ def settings(parser, script, may_be_0=(), not_kept=()):
         ok = isinstance(v, (str, bool, type(None))) or 0 < v < (1 if k in ("ema", "dropout") else math.inf)
         ok = ok or v == 0 and k in ("seed", "dropout", "ema", *may_be_0)
         require(ok, f"--{k.replace('_', '-')} {v} is out of range")
+    require(not args.evaluate or args.evaluate > 9, "--evaluate: ten images are the least that can be compared")
+    require(not args.evaluate or args.dataset in (*toy.SHA256, "cifar10"), f"--evaluate: {args.dataset} has no labels")
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     args.device = auto if args.device == "auto" else args.device
     try:
@@ -309,6 +226,21 @@ def load_checkpoint(path, script=None):
     require(script in (None, made_by), f"{path} was made by {made_by}.py, not by {script}.py: name another --out")
     return ckpt
 
+def has_bf16(device):
+    """Whether the hardware multiplies bfloat16 matrices."""
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    return device != "mps" and bool(torch.cuda.is_bf16_supported(False) if "cuda" in device else
+                                    cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+def layout(device):
+    """The memory format that is fastest: a CPU normalises channels_last slowly."""
+    return torch.channels_last if "cuda" in device else torch.contiguous_format
+
+def keep_memory():
+    """Let glibc keep freed memory: to return it and to fetch it again, page by page, is a fifth of a step on a CPU."""
+    if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
+        libc.mallopt(-1, 2 ** 30), libc.mallopt(-3, 2 ** 30)             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+
 class Run:
     """All that lies between a paper's loss and the files in OUT. net: the network to train, in bf16, compiled, on many
     processes as args say; ema: its average, to draw from; draw(net, n, frames): n images in [low, 1] drawn with it,
@@ -318,11 +250,9 @@ class Run:
         self.device, self.n, self.seconds, self.rows, self.signal = args.device, 0, 0.0, [], 0
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.print = functools.partial(print, flush=True) if self.rank == 0 else lambda text: None
-        cpu, cuda = getattr(torch.cpu, "get_capabilities", dict)(), "cuda" in args.device
-        fast = torch.cuda.is_bf16_supported(False) if cuda else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        net.bf16 = args.precision == "bf16" or args.precision == "auto" and args.device != "mps" and bool(fast)
-        layout = torch.channels_last if cuda else torch.contiguous_format       # a CPU normalises channels_last slowly
-        self.raw = net.to(self.device, memory_format=layout)
+        net.bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16(args.device)
+        keep_memory()
+        self.raw = net.to(self.device, memory_format=layout(args.device))
         self.ema = copy.deepcopy(self.raw).eval().requires_grad_(False)
         self.opt = torch.optim.Adam(self.raw.parameters(), args.lr, fused=True)
         self.recent = torch.zeros(100, 2, device=self.device)       # loss, gradient norm of the last 100 steps
@@ -357,7 +287,7 @@ class Run:
         args, f = self.args, min(1, (self.n + 1) / self.args.steps)
         loss.backward()
         for old in self.out.glob("*.*") if self.n == self.rank == 0 else ():      # --overwrite, as a step can be made
-            old.unlink() if old.name.startswith(("samples", "process.", "log.csv", "loss.png", "ckpt.pt")) else None
+            old.unlink() if old.name.startswith(("samples", "process.", "log.csv", "loss.png", "ckpt.pt", "quality.csv")) else None
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), 1.0)
         self.opt.param_groups[0]["lr"] = args.lr * min(1, 20 * f) * (1 + math.cos(math.pi * f)) / 2
         self.opt.step()
@@ -377,7 +307,7 @@ class Run:
         began = time.perf_counter()
         if self.rank == 0 and not last and (self.n % args.sample_every == 0 or self.n == min(100, args.sample_every)):
             torch.manual_seed(args.seed)                            # every grid starts from the same noise
-            save_picture(grid(self.draw(self.ema, 16, None), self.low), self.out / f"samples_{self.n:06d}.png")
+            toy.save_picture(toy.grid(self.draw(self.ema, 16, None), self.low), self.out / f"samples_{self.n:06d}.png")
         self.start += time.perf_counter() - began                   # which is not training
         if stop:
             self.print(f"stop   after step {self.n}; go on with --resume --out {self.out}")
@@ -405,7 +335,7 @@ class Run:
             with aside(self.out / "log.csv") as f:
                 f.write(b"step,loss,grad_norm,lr,images_per_s,minutes\n")
                 f.writelines((",".join(f"{v:.8g}" for v in row) + "\n").encode() for row in self.rows)
-            plot(self.out / "loss.png", {"mean of 100 steps": [row[:2] for row in self.rows]}, "step", "loss",
+            toy.plot(self.out / "loss.png", {"mean of 100 steps": [row[:2] for row in self.rows]}, "step", "loss",
                  f"{self.script}.py on {Path(self.args.dataset).name}")
 
     def save(self):
@@ -418,83 +348,171 @@ class Run:
             with aside(self.out / "ckpt.pt") as f:
                 f.write(buffer.getbuffer())
 
-    def finish(self):
-        """Draw args.samples images with the averaged network: samples.png, process.gif, process.png, samples.npz."""
-        torch.manual_seed(self.args.seed)
-        start, frames, chunks = time.perf_counter(), [], []
-        for left in range(self.args.samples, 0, -500):
-            chunks.append(self.draw(self.ema, min(left, 500), None if chunks else frames))
+    def finish(self, **facts):
+        """Draw args.samples images, or args.evaluate, with the averaged network: samples.png, process.gif, process.png,
+        samples.npz, and a row of quality.csv that begins with the sampler's facts (name=number)."""
+        args, frames, chunks, calls = self.args, [], [], []
+        torch.manual_seed(args.seed)
+        def net(x, *rest):
+            calls.append(len(x))
+            return self.ema(x, *rest)
+        start = time.perf_counter()
+        for left in range(total := max(args.samples, args.evaluate or 0), 0, -500):
+            chunks.append(self.draw(net, min(left, 500), None if chunks else frames))
+            seconds = time.perf_counter() - start
+            done = total - max(0, left - 500)
+            self.print(f"draw   {done}/{total} images   {seconds / 60 * (total / done - 1):.1f} min left")
         x = torch.cat(chunks)
         require(x.isfinite().all(), "the samples are not finite: let the sampler take smaller steps")
-        self.print(f"drew   {len(x)} images in {time.perf_counter() - start:.0f} s; see {self.out}/samples.png")
-        save_picture(grid(x[:100], self.low), self.out / "samples.png")
+        self.print(f"drew   {len(x)} images in {seconds:.0f} s; see {self.out}/samples.png")
+        toy.save_picture(toy.grid(x[:100], self.low), self.out / "samples.png")
         for suffix in ("gif", "png"):
-            save_process(frames, self.out / f"process.{suffix}", self.low)
-        if self.args.npz:
+            toy.save_process(frames, self.out / f"process.{suffix}", self.low)
+        x = toy.to_uint8(x, self.low)
+        if args.npz:
             with aside(self.out / "samples.npz") as f:
-                np.savez(f, to_uint8(x, self.low).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
+                np.savez(f, x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
+        if args.evaluate:
+            row = {"step": self.n, "minutes": round(self.seconds / 60, 2), **facts, "evaluations": sum(calls) / len(x),
+                   "s_per_100": round(100 * seconds / len(x), 2), **evaluate(x[:args.evaluate], args)}
+            with open(self.out / "quality.csv", "a", newline="") as f:
+                writer = csv.DictWriter(f, row := {**row, "flags": " ".join(sys.argv[1:])})
+                writer.writeheader() if f.tell() == 0 else None
+                writer.writerow(row)
 
-# --------------------------------------------------------------------------------------------------- pictures
-def to_uint8(x, low=0.0):
-    """Float images in [low, 1] as uint8, rounded and clamped."""
-    return ((x.float() - low) * (255 / (1 - low))).round().clamp(0, 255).byte().cpu()
+# ---------------------------------------------------------------------------------------------------- quality
+def classifier(name, data_dir="data", device="cpu", epochs=4, batch=128):
+    """The yardstick's eye on a labelled set: net(x) are logits, net[:-1](x) 128 features, for x (B, C, H, W) in [0, 1].
+    Trained once (90 s on 2 cores) and kept in DATA_DIR/NAME/classifier.pt with a record of what made it."""
+    (images, labels), (test, answers) = (load_images(name, data_dir, split) for split in ("train", "test"))
+    layers, c = [], images.shape[1]
+    for width in (32, 64, 128):
+        layers += [nn.Conv2d(c, c := width, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c, 128), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Linear(128, int(labels.max()) + 1)).to(device)
+    path = Path(data_dir) / name / "classifier.pt"
+    made_of = {"net": str(net), "epochs": epochs, "batch": batch,
+               "images": hashlib.sha256(images.numpy()).hexdigest(), "labels": hashlib.sha256(labels.numpy()).hexdigest()}
+    try:
+        kept = torch.load(path, map_location=device, weights_only=True)
+        assert kept["made_of"] == made_of
+        net.load_state_dict(kept["net"])
+        return net.eval().requires_grad_(False), kept["accuracy"]
+    except Exception:                         # none, damaged, or of other data: as any cache, it is made again
+        print(f"eye    training the classifier that judges {name}; it is kept in {path}", flush=True)
+    torch.manual_seed(0)
+    net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+    opt, steps = torch.optim.Adam(net.parameters(), fused=True), epochs * len(images) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, steps + 1)
+    for _ in range(steps):
+        i = torch.randint(len(images), (batch,))
+        x = images[i].roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3)).to(device) / 255
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bf16(device)):
+            F.cross_entropy(net(x), labels[i].to(device)).backward()
+        opt.step(), opt.zero_grad(), schedule.step()
+    net.eval().requires_grad_(False)
+    accuracy = (features(net, test)[1].argmax(1) == answers).double().mean().item()
+    with contextlib.suppress(UserError), aside(path) as f:               # a folder that is read-only keeps nothing
+        torch.save({"made_of": made_of, "accuracy": accuracy, "torch": torch.__version__, "net": net.state_dict()}, f)
+    return net, accuracy
 
-def grid(images, low=0.0, cols=None, pad=2, size=600):
-    """A Pillow picture of N images (C, H, W) in [low, 1], row by row, enlarged by a whole number to about SIZE."""
-    images = to_uint8(images, low)
-    N, C, H, W = images.shape
-    cols = cols or math.ceil(N ** 0.5)
-    images = F.pad(torch.cat([images, images.new_zeros(-N % cols, C, H, W)]), (0, pad, 0, pad), value=64)
-    sheet = images.view(-1, cols, C, H + pad, W + pad).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    sheet = F.pad(sheet, (pad, 0, pad, 0), value=64).permute(1, 2, 0).squeeze(2).numpy()
-    return ImageOps.scale(Image.fromarray(sheet), max(1, round(size / sheet.shape[1])), Image.Resampling.NEAREST)
+def features(net, images):
+    """(features (N, 128), logits (N, K)) of uint8 images, on the CPU."""
+    device = next(net.parameters()).device
+    f = torch.cat([net[:-1](x.to(device) / 255).cpu() for x in images.split(500)])
+    return f, net[-1].cpu()(f)
 
-def save_picture(picture, path, **options):
-    """Write a Pillow picture, all or nothing, in the format of the path's suffix."""
-    with aside(path) as f:
-        picture.save(f, Path(path).suffix[1:], **options)
+def frechet(a, b):
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared Frechet distance of the normal distributions with
+    the means and covariances of the rows of a and of b (Heusel 2017, eq. 6)."""
+    (m, A), (n, B) = ((x.double().mean(0), x.double().T.cov()) for x in (a, b))
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()          # tr (A B)^(1/2)
+    return ((m - n).square().sum() + A.trace() + B.trace() - 2 * cross).item()
 
-def save_process(frames, path, low=0.0, rows=6, columns=11):
-    """K frames of N images (C, H, W) each: a .gif plays 16 of them; a .png has one a row, time to the right."""
-    if Path(path).suffix == ".gif":
-        first, *rest = (grid(f[:16], low, size=300) for f in frames)
-        return save_picture(first, path, save_all=True, append_images=rest, duration=[80] * len(rest) + [2500], loop=0)
-    shown = [frames[round(k)][:rows] for k in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
-    save_picture(grid(torch.stack(shown, dim=1).flatten(0, 1), low, cols=len(shown)), path)
+def inside(a, b, k=3):
+    """Share of the rows of b that lie no farther from some row of a than its k-th neighbour in a does: precision for
+    a real and b drawn, recall the other way round (Kynkaanniemi 2019, eqs. 1, 2)."""
+    hit = torch.zeros(len(b), dtype=torch.bool)
+    for rows in a.split(1000):
+        radius = torch.cdist(rows, a).kthvalue(k + 1).values             # the first is the row itself
+        hit |= (torch.cdist(rows, b) <= radius[:, None]).any(0)
+    return hit.double().mean().item()
 
-def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
-    """A line plot {label: [(x, y), ...]} as PNG, without points that are not finite, or not positive on a log axis."""
-    ok = lambda v, log: math.isfinite(v) and (v > 0 or not log)
-    curves = {label: [(x, y) for x, y in c if ok(x, logx) and ok(y, logy)] for label, c in curves.items()}
-    colors = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563"] * len(curves)
-    large, small = ImageFont.load_default(30), ImageFont.load_default(26)
-    left, right, top, bottom, points = 170, 1400, 80, 780, sum(curves.values(), [])
-    draw = ImageDraw.Draw(picture := Image.new("RGB", (1440, 900), "white"))
-    def axis(values, log, start, end):
-        """(function from a value to its pixel, values to mark) for an axis that runs from pixel start to end."""
-        low, high = min(values, default=1), max(values, default=10)
-        if low == high:
-            low, high = (low / 2, low * 2) if log else (low - abs(low) - 1, low + abs(low) + 1)
-        f, exponent = (math.log10 if log else float), math.floor(math.log10(high / low if log else high - low))
-        marks = [m * 10.0 ** k for k in range(-12, 13) for m in ((1,) if exponent > 1 else (1, 2, 5))]
-        if not log:
-            step = min((m for m in marks if m >= (high - low) / 6), default=high - low)
-            marks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-        a, b = 1.03 * f(low) - 0.03 * f(high), 1.03 * f(high) - 0.03 * f(low)
-        return lambda v: start + (f(v) - a) / (b - a) * (end - start), [m for m in marks if low <= m <= high]
-    px, xs = axis([x for x, y in points], logx, left, right)
-    py, ys = axis([y for x, y in points], logy, bottom, top)
-    for line, at, text, anchor in [((px(v), top, px(v), bottom), (px(v), bottom + 12), f"{v:g}", "mt") for v in xs] + \
-            [((left, py(v), right, py(v)), (left - 14, py(v)), f"{v:g}", "rm") for v in ys]:
-        draw.line(line, "#e5e7eb", 2)
-        draw.text(at, text, "#374151", small, anchor)
-    for (label, curve), color, k in zip(curves.items(), colors, range(len(curves))):
-        draw.line([(px(x), py(y)) for x, y in curve] or [(0, 0)], color, 5, joint="curve")
-        for x, y in curve if len(curve) <= 30 else []:
-            draw.ellipse([px(x) - 7, py(y) - 7, px(x) + 7, py(y) + 7], color)
-        draw.line([right - 70, top + 34 + 40 * k, right - 20, top + 34 + 40 * k], color, 7)              # legend
-        draw.text((right - 84, top + 34 + 40 * k), label, "#111827", small, "rm", stroke_width=6, stroke_fill="white")
-    draw.rectangle([left, top, right, bottom], outline="#374151", width=2)
-    for at, text, anchor in (((left, 40), ylabel, "lm"), ((right, 40), title, "rm"), ((785, 866), xlabel, "mm")):
-        draw.text(at, text, "#111827", large, anchor)
-    save_picture(picture.resize((720, 450), Image.Resampling.LANCZOS), path)               # smooths the lines
+def nearest(a, b):
+    """Mean distance, over the images a, to the nearest of the images b; both uint8, the distance in units of [0, 1]."""
+    a, b = a.flatten(1) / 255, b.flatten(1) / 255
+    return torch.cat([torch.cdist(rows, b).amin(1) for rows in a.split(500)]).mean().item()
+
+def evaluate(x, args):
+    """How uint8 images x (N, C, H, W) compare with the test set of args.dataset, as {name: number}, printed in a line.
+    floor: the Frechet distance of N training images. nearest: the distance to the nearest training image over that
+    of test images: 1 is new, 0 a copy."""
+    (images, _), (test, _) = (load_images(args.dataset, args.data_dir, split) for split in ("train", "test"))
+    net, accuracy = classifier(args.dataset, args.data_dir, args.device)
+    some = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:len(f)]]
+    (f, logits), (real, _) = features(net, x), features(net, test)
+    distance, floor = frechet(f, real), frechet(features(net, some(images))[0], real)
+    p, real = logits.softmax(1), some(real)
+    counts = p.argmax(1).bincount(minlength=p.shape[1])
+    share = counts / counts.sum()
+    row = {"images": len(x), "frechet": distance, "floor": floor, "ratio": distance / floor,
+           "precision": inside(real, f), "recall": inside(f, real), "entropy": -share.xlogy(share).sum().item(),
+           "confidence": p.amax(1).mean().item(), "nearest": nearest(x, images) / nearest(some(test), images)}
+    print("eval   " + "   ".join(f"{k} {v:.4g}" for k, v in row.items()) + f"   classes {counts.tolist()}   "
+          f"(features of a classifier with {100 * accuracy:.2f} % on the test set; entropy at most {math.log(len(counts)):.3f})")
+    return {**row, "classes": " ".join(map(str, counts.tolist())), "classifier": accuracy}
+
+# ------------------------------------------------------------------------------------------------------ speed
+def benchmark(precision, device, batch=16, many=100, rounds=30):
+    """A line on the default network: images/s in training (forward, backward, Adam) and in one evaluation; what its
+    3x3 convolutions need when each is timed alone (forward, backward, its faster layout), as a share of the step; the
+    step's arithmetic, of these convolutions, against that of the fastest of them; peak memory. Medians, taken in turn."""
+    keep_memory()
+    net, x = UNet().to(device, memory_format=layout(device)), torch.randn(many, 1, 28, 28, device=device)
+    noise, convs, net.bf16 = torch.zeros(many, device=device), [], precision != "fp32"
+    for m in (m for m in net.modules() if getattr(m, "kernel_size", 0) == (3, 3)):
+        m.register_forward_hook(lambda m, args, out: convs.append((m.in_channels, m.out_channels, out.shape[-1], out.dtype)))
+    net(x[:batch], noise[:batch])
+    [m._forward_hooks.clear() for m in net.modules()]
+    net.compile() if precision == "compiled" else None
+    opt = torch.optim.Adam(net.parameters(), fused=True)
+    def step():
+        net(x[:batch], noise[:batch]).square().mean().backward()
+        opt.step(), opt.zero_grad()
+    jobs, t = {"step": step, "net": torch.no_grad()(lambda: net(x, noise))}, {}
+    for key in dict.fromkeys(convs):
+        for form in (torch.contiguous_format, torch.channels_last):
+            (c_in, c_out, size, dtype), a, g = key, *(torch.randn(batch, c, key[2], key[2]).to(
+                device, key[3], memory_format=form) for c in key[:2])
+            conv = nn.Conv2d(c_in, c_out, 3, padding=1).to(device, dtype, memory_format=form)
+            jobs[key, form] = functools.partial(lambda conv, a, g: conv(a).backward(g), conv, a.requires_grad_(), g)
+    for _ in range(rounds + 3):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            torch.cuda.synchronize() if "cuda" in device else None
+            t.setdefault(name, []).append(time.perf_counter() - start)
+    t = {name: float(np.median(seconds[3:])) for name, seconds in t.items()}
+    alone = {key: min(t[key, torch.contiguous_format], t[key, torch.channels_last]) for key in convs}
+    work = {key: 3 * 18e-9 * key[0] * key[1] * key[2] ** 2 * batch for key in convs}           # Gflop, three passes
+    rate, fastest = sum(work[k] for k in convs) / t["step"], max(work[k] / alone[k] for k in alone)
+    memory = torch.cuda.max_memory_allocated(device) if "cuda" in device else 1024 * resource.getrusage(0).ru_maxrss
+    return (f"{precision:9s}{batch / t['step']:6.0f} images/s training {many / t['net']:6.0f} images/s an evaluation   "
+            f"convolutions alone {100 * sum(alone[k] for k in convs) / t['step']:.0f} % of a step   {rate:.0f} Gflop/s, "
+            f"{100 * rate / fastest:.0f} % of the fastest convolution's   peak {memory / 2 ** 20:.0f} MiB")
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    p.add_argument("--benchmark", action="store_true", help="measure, in fp32, in bf16, and in bf16 compiled")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    args = p.parse_args()
+    require(args.benchmark, "nothing to do: give --benchmark")
+    for precision in ("fp32", "bf16", "compiled"):                       # each in a process of its own, for its memory
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            print(pool.submit(benchmark, precision, args.device).result(), flush=True)
+
+if __name__ == "__main__":
+    import common                             # the module that toy.py knows, not this second copy of it
+    common.cli(common.main)

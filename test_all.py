@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from PIL import Image
 import common
+import toy
 import ncsn
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +56,7 @@ class Case(unittest.TestCase):
         folder = self.dir / "data" / "digits"
         folder.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng(0)
-        for k, stem in enumerate(common.FILES):
+        for k, stem in enumerate(toy.FILES):
             shape = (n,) if k % 2 else (n, size, size)
             data = np.arange(n) % 10 if k % 2 else rng.integers(0, 256, shape)
             write_idx(folder / stem, data.astype(np.uint8))
@@ -293,7 +294,7 @@ class Images(Case):
             write_idx(self.dir / "raw", a)
             sums.append(hashlib.sha256((self.dir / "raw").read_bytes()).hexdigest())
         (self.dir / name).mkdir()
-        self.enterContext(mock.patch.dict(common.SHA256, {name: sums}))
+        self.enterContext(mock.patch.dict(toy.SHA256, {name: sums}))
         return arrays
 
     def test_idx_files_under_all_their_names(self):
@@ -301,7 +302,7 @@ class Images(Case):
         for dot, gz in itertools.product((False, True), (False, True)):
             folder = self.dir / f"{dot}{gz}" / "mnist"
             folder.mkdir(parents=True)
-            for stem, a in zip(common.FILES, arrays):
+            for stem, a in zip(toy.FILES, arrays):
                 write_idx(folder / (stem.replace("-idx", ".idx" if dot else "-idx") + ".gz" * gz), a, compress=gz)
             for split, k in (("train", 0), ("test", 2)):
                 images, labels = common.load_images("mnist", folder.parent, split)
@@ -310,7 +311,7 @@ class Images(Case):
                 self.near(labels, arrays[k + 1], 0)
 
     def test_damaged_idx_files_are_named(self):
-        arrays, path = self.idx(), self.dir / "mnist" / (common.FILES[0] + ".gz")
+        arrays, path = self.idx(), self.dir / "mnist" / (toy.FILES[0] + ".gz")
         write_idx(path, arrays[0], compress=True)
         good = path.read_bytes()
         raw = gzip.decompress(good)
@@ -319,11 +320,11 @@ class Images(Case):
             path.write_bytes(bad)
             self.refuses(str(path), common.load_images, "mnist", self.dir)
         path.write_bytes(gzip.compress(raw, 1))                            # compressed again: as good
-        self.near(common.read(path, common.parse_idx, common.SHA256["mnist"][0]), arrays[0], 0)
+        self.near(toy.read(path, toy.parse_idx, toy.SHA256["mnist"][0]), arrays[0], 0)
 
     def test_download_from_a_server_that_fails_half_way_once(self):
         arrays, files, asked = self.idx("fashion-mnist"), {}, []
-        for stem, a in zip(common.FILES, arrays):
+        for stem, a in zip(toy.FILES, arrays):
             write_idx(self.dir / "raw", a, compress=True)
             files[f"/{stem}.gz"] = (self.dir / "raw").read_bytes()
 
@@ -342,21 +343,21 @@ class Images(Case):
         self.addCleanup(server.server_close)
         self.addCleanup(server.shutdown)
         good, gone = f"http://127.0.0.1:{server.server_port}/", f"http://127.0.0.1:{server.server_port}/gone/"
-        with mock.patch.dict(common.MIRRORS, {"fashion-mnist": [good, gone]}), contextlib.redirect_stdout(io.StringIO()):
+        with mock.patch.dict(toy.MIRRORS, {"fashion-mnist": [good, gone]}), contextlib.redirect_stdout(io.StringIO()):
             images, labels = common.load_images("fashion-mnist", self.dir)
             self.near(images, arrays[0][:, None], 0)
             self.near(labels, arrays[1], 0)
-            self.assertEqual(asked[:3], [f"/{common.FILES[0]}.gz", f"/gone/{common.FILES[0]}.gz", f"/{common.FILES[0]}.gz"])
+            self.assertEqual(asked[:3], [f"/{toy.FILES[0]}.gz", f"/gone/{toy.FILES[0]}.gz", f"/{toy.FILES[0]}.gz"])
             count = len(asked)
             common.load_images("fashion-mnist", self.dir)                  # from the disk this time
             self.assertEqual(len(asked), count)
         folder = self.dir / "fashion-mnist"
-        self.assertEqual(sorted(p.name for p in folder.iterdir()), sorted(f + ".gz" for f in common.FILES[:2]))
-        with mock.patch.dict(common.MIRRORS, {"fashion-mnist": [gone + "a/", gone + "b/"]}):
+        self.assertEqual(sorted(p.name for p in folder.iterdir()), sorted(f + ".gz" for f in toy.FILES[:2]))
+        with mock.patch.dict(toy.MIRRORS, {"fashion-mnist": [gone + "a/", gone + "b/"]}):
             self.refuses("/gone/b/t10k", common.load_images, "fashion-mnist", self.dir, "test")
             self.refuses(f"put it into {folder} by hand", common.load_images, "fashion-mnist", self.dir, "test")
-        files[f"/{common.FILES[2]}.gz"] = files[f"/{common.FILES[0]}.gz"]  # a good file in the wrong place
-        with mock.patch.dict(common.MIRRORS, {"fashion-mnist": [good]}):
+        files[f"/{toy.FILES[2]}.gz"] = files[f"/{toy.FILES[0]}.gz"]  # a good file in the wrong place
+        with mock.patch.dict(toy.MIRRORS, {"fashion-mnist": [good]}):
             self.refuses("checksum", common.load_images, "fashion-mnist", self.dir, "test")
 
     def test_cifar10_is_read_in_its_archive(self):
@@ -381,9 +382,9 @@ class Images(Case):
         path.unlink()
         (self.dir / "mirror").mkdir()
         (self.dir / "mirror" / path.name).write_bytes(good)                # readable, but not what was published
-        with mock.patch.dict(common.MIRRORS, {"cifar10": [(self.dir / "mirror").as_uri() + "/"]}):
+        with mock.patch.dict(toy.MIRRORS, {"cifar10": [(self.dir / "mirror").as_uri() + "/"]}):
             self.refuses("wrong checksum", common.load_images, "cifar10", self.dir)
-            with mock.patch.dict(common.MD5, {path.name: hashlib.md5(good).hexdigest()}), \
+            with mock.patch.dict(toy.MD5, {path.name: hashlib.md5(good).hexdigest()}), \
                     contextlib.redirect_stdout(io.StringIO()):
                 self.assertEqual(len(common.load_images("cifar10", self.dir)[0]), 10)
 
@@ -448,31 +449,31 @@ class Pictures(Case):
     def test_grid_places_every_image_and_clamps(self):
         images = torch.full((5, 1, 4, 6), 0.5)
         images[1], images[2], images[4] = 7.0, -7.0, 0.2
-        picture = np.asarray(common.grid(images, cols=3))
+        picture = np.asarray(toy.grid(images, cols=3))
         k = picture.shape[1] // (3 * 8 + 2)
         self.assertEqual(picture.shape, ((2 * 6 + 2) * k, (3 * 8 + 2) * k))
         at = lambda row, col: picture[(row * 6 + 4) * k, (col * 8 + 5) * k]
         self.assertEqual([at(0, 0), at(0, 1), at(0, 2), at(1, 0), at(1, 1), at(1, 2)], [128, 255, 0, 128, 51, 0])
-        self.near(common.to_uint8(torch.tensor([-1.0, 0.0, 1.0]), low=-1.0), [0, 128, 255], 0)
+        self.near(toy.to_uint8(torch.tensor([-1.0, 0.0, 1.0]), low=-1.0), [0, 128, 255], 0)
         colour = torch.zeros(1, 3, 4, 4)
         colour[:, 2] = 1
-        self.assertEqual(common.grid(colour).getpixel((300, 300)), (0, 0, 255))
+        self.assertEqual(toy.grid(colour).getpixel((300, 300)), (0, 0, 255))
 
     def test_process_plays_and_stands(self):
         frames = [torch.full((4, 1, 8, 8), k / 4) for k in range(5)]
-        common.save_process(frames, self.dir / "p.gif")
+        toy.save_process(frames, self.dir / "p.gif")
         with Image.open(self.dir / "p.gif") as gif:
             self.assertEqual(gif.n_frames, 5)
             gif.seek(2)
             self.near(gif.convert("L").getpixel((100, 100)), 128, 2)
-        common.save_process(frames, self.dir / "p.png", rows=2, columns=3)
+        toy.save_process(frames, self.dir / "p.png", rows=2, columns=3)
         strip = Image.open(self.dir / "p.png")
         pixel = lambda row, col: strip.getpixel(((col + 0.5) * strip.width / 3, (row + 0.5) * strip.height / 2))
         self.assertEqual([pixel(1, col) for col in range(3)], [0, 128, 255])     # time to the right
 
     def test_plot_draws_the_curve_where_it_belongs(self):
         def ends(points, **axes):
-            common.plot(self.dir / "plot.png", {"curve": points}, "x", "y", **axes)
+            toy.plot(self.dir / "plot.png", {"curve": points}, "x", "y", **axes)
             rgb = np.asarray(Image.open(self.dir / "plot.png").convert("RGB")).astype(int)
             y, x = np.nonzero((np.abs(rgb - [0x25, 0x63, 0xeb]).sum(-1) < 40)[80:389, 86:640])     # without the legend
             return rgb.shape, x.min(), x.max(), y[x == x.min()].mean(), y[x == x.max()].mean(), np.median(y)
@@ -485,7 +486,7 @@ class Pictures(Case):
         self.assertLess(straight_line, bent - 50)                          # a power law is straight on two log axes
         for points in ([], [(1, 1)], [(1, 1e300)], [(1, math.nan), (2, 5), (3, math.inf)], [(0, -1), (-1, 0)]):
             for log in (False, True):
-                common.plot(self.dir / "odd.png", {"odd": points}, "x", "y", logx=log, logy=log)
+                toy.plot(self.dir / "odd.png", {"odd": points}, "x", "y", logx=log, logy=log)
 
 def state(path):
     """The tensors of a checkpoint in one flat dictionary, and its step."""

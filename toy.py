@@ -2,11 +2,172 @@
 
     python toy.py               # draws the digits set into data/digits, and a sheet of it into runs/toy/digits.png
 """
-import concurrent.futures, os, struct
+import concurrent.futures, gzip, hashlib, http.client, io, math, os, socket, struct, tarfile, urllib.request, zlib
+from pathlib import Path
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 import common
 
+# ------------------------------------------------------------------------------------------------- image sets
+FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+SHA256 = {"digits": [None] * 4, "mnist": """                                   of the FILES, decompressed
+              ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db
+              65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5
+              0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7
+              ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2""".split()[-4:], "fashion-mnist": """
+              c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888
+              bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9
+              5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b
+              0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34""".split()}
+MD5 = {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}         # as published
+MIRRORS = {
+    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"],
+    "fashion-mnist": ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                      "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"],
+    "cifar10": ["https://www.cs.toronto.edu/~kriz/",
+                "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"]}
+
+def read(path, parse, *options):
+    """parse(bytes of PATH, decompressed, *options), after a download if it is missing. UserError if it is damaged."""
+    if not path.exists():
+        download(path, parse, *options)
+    try:
+        raw = path.read_bytes()
+        return parse(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw, *options)
+    except (EOFError, OSError, zlib.error, struct.error, tarfile.TarError, KeyError, ValueError, common.UserError) as e:
+        raise common.UserError(f"{path} is truncated, damaged or another file ({e}); delete it and run again") from e
+
+def parse_idx(raw, sha256):
+    """uint8 array of an IDX file."""
+    zeros, kind, ndim = struct.unpack_from(">HBB", raw)
+    data = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(struct.unpack_from(f">{ndim}I", raw, 4))
+    common.require((zeros, kind) == (0, 8) and sha256 in (None, hashlib.sha256(raw).hexdigest()), "wrong magic or checksum")
+    return data
+
+def parse_cifar10(raw, split):
+    """(N, 3073) labels and images in CIFAR-10's binary archive, read in place and never extracted."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
+        files = {Path(m.name).name: tar.extractfile(m).read() for m in tar if Path(m.name).name in names}
+    return np.frombuffer(b"".join(files[n] for n in names), np.uint8).reshape(-1, 3073)
+
+def download(path, parse, *options):
+    """Fetch PATH from a mirror of its folder, each tried twice, and try to read it. UserError names the addresses."""
+    part, tried, mib = Path(f"{path}.{os.getpid()}.part"), [], 2 ** 20
+    socket.setdefaulttimeout(30)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for url in [mirror + path.name for mirror in MIRRORS[path.parent.name] * 2]:
+        try:
+            urllib.request.urlretrieve(url, part, lambda k, block, total: print(
+                f"\rfetch  {url} {min(k * block, total) / mib:.1f} of {total / mib:.1f} MiB", end="", flush=True))
+            print()
+            common.require(MD5.get(path.name) in (None, hashlib.md5(part.read_bytes()).hexdigest()), "wrong checksum")
+            read(part, parse, *options)
+            return part.replace(path)
+        except (OSError, http.client.HTTPException, common.UserError) as e:
+            tried.append(f"{url} ({e})")
+        finally:
+            part.unlink(missing_ok=True)
+    raise common.UserError(f"cannot download {path.name}; put it into {path.parent} by hand. Tried: {', '.join(tried)}")
+
+# --------------------------------------------------------------------------------------------------- pictures
+def read_picture(path, size=None):
+    """A picture as a Pillow image, L if it is grey, else RGB; transparent becomes white; SIZE: cropped to a square.
+    Raises UserError if it cannot be read."""
+    try:
+        im = ImageOps.exif_transpose(Image.open(io.BytesIO(Path(path).read_bytes())))
+        if im.mode.startswith("I"):                                      # 16-bit grey, which convert() would clip
+            im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
+        common.require(im.mode != "F", "its pixels are floats of unknown range")
+        mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
+        if im.has_transparency_data:
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
+        im = im.convert(mode)
+    except (OSError, SyntaxError, ValueError, common.UserError, Image.DecompressionBombError) as e:
+        raise common.UserError(f"cannot read the picture {path} ({e}); give or keep another one") from e
+    return ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS) if size else im
+
+def read_folder(folder, size=None):
+    """All pictures below FOLDER (N, C, H, W): one channel if all are grey, else RGB. UserError names a bad one."""
+    names = ", ".join(SHA256)
+    common.require(folder.is_dir(), f"--dataset {folder} is neither {names}, cifar10 nor a folder of pictures")
+    pictures = []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()):
+        pictures.append(read_picture(path, size))
+        same = pictures[-1].size == pictures[0].size
+        common.require(same, f"{path} is not of the first one's size: give --size, say 32")
+    common.require(pictures, f"the folder {folder} holds no picture that Pillow can read")
+    mode = "L" if all(im.mode == "L" for im in pictures) else "RGB"
+    images = torch.from_numpy(np.stack([np.asarray(im.convert(mode)) for im in pictures]))
+    return images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous()
+
+def to_uint8(x, low=0.0):
+    """Float images in [low, 1] as uint8, rounded and clamped."""
+    return ((x.float() - low) * (255 / (1 - low))).round().clamp(0, 255).byte().cpu()
+
+def grid(images, low=0.0, cols=None, pad=2, size=600):
+    """A Pillow picture of N images (C, H, W) in [low, 1], row by row, enlarged by a whole number to about SIZE."""
+    images = to_uint8(images, low)
+    N, C, H, W = images.shape
+    cols = cols or math.ceil(N ** 0.5)
+    images = F.pad(torch.cat([images, images.new_zeros(-N % cols, C, H, W)]), (0, pad, 0, pad), value=64)
+    sheet = images.view(-1, cols, C, H + pad, W + pad).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    sheet = F.pad(sheet, (pad, 0, pad, 0), value=64).permute(1, 2, 0).squeeze(2).numpy()
+    return ImageOps.scale(Image.fromarray(sheet), max(1, round(size / sheet.shape[1])), Image.Resampling.NEAREST)
+
+def save_picture(picture, path, **options):
+    """Write a Pillow picture, all or nothing, in the format of the path's suffix."""
+    with common.aside(path) as f:
+        picture.save(f, Path(path).suffix[1:], **options)
+
+def save_process(frames, path, low=0.0, rows=6, columns=11):
+    """K frames of N images (C, H, W) each: a .gif plays 16 of them; a .png has one a row, time to the right."""
+    if Path(path).suffix == ".gif":
+        first, *rest = (grid(f[:16], low, size=300) for f in frames)
+        return save_picture(first, path, save_all=True, append_images=rest, duration=[80] * len(rest) + [2500], loop=0)
+    shown = [frames[round(k)][:rows] for k in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
+    save_picture(grid(torch.stack(shown, dim=1).flatten(0, 1), low, cols=len(shown)), path)
+
+def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
+    """A line plot {label: [(x, y), ...]} as PNG, without points that are not finite, or not positive on a log axis."""
+    ok = lambda v, log: math.isfinite(v) and (v > 0 or not log)
+    curves = {label: [(x, y) for x, y in c if ok(x, logx) and ok(y, logy)] for label, c in curves.items()}
+    colors = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563"] * len(curves)
+    large, small = ImageFont.load_default(30), ImageFont.load_default(26)
+    left, right, top, bottom, points = 170, 1400, 80, 780, sum(curves.values(), [])
+    draw = ImageDraw.Draw(picture := Image.new("RGB", (1440, 900), "white"))
+    def axis(values, log, start, end):
+        """(function from a value to its pixel, values to mark) for an axis that runs from pixel start to end."""
+        low, high = min(values, default=1), max(values, default=10)
+        if low == high:
+            low, high = (low / 2, low * 2) if log else (low - abs(low) - 1, low + abs(low) + 1)
+        f, exponent = (math.log10 if log else float), math.floor(math.log10(high / low if log else high - low))
+        marks = [m * 10.0 ** k for k in range(-12, 13) for m in ((1,) if exponent > 1 else (1, 2, 5))]
+        if not log:
+            step = min((m for m in marks if m >= (high - low) / 6), default=high - low)
+            marks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        a, b = 1.03 * f(low) - 0.03 * f(high), 1.03 * f(high) - 0.03 * f(low)
+        return lambda v: start + (f(v) - a) / (b - a) * (end - start), [m for m in marks if low <= m <= high]
+    px, xs = axis([x for x, y in points], logx, left, right)
+    py, ys = axis([y for x, y in points], logy, bottom, top)
+    for line, at, text, anchor in [((px(v), top, px(v), bottom), (px(v), bottom + 12), f"{v:g}", "mt") for v in xs] + \
+            [((left, py(v), right, py(v)), (left - 14, py(v)), f"{v:g}", "rm") for v in ys]:
+        draw.line(line, "#e5e7eb", 2)
+        draw.text(at, text, "#374151", small, anchor)
+    for (label, curve), color, k in zip(curves.items(), colors, range(len(curves))):
+        draw.line([(px(x), py(y)) for x, y in curve] or [(0, 0)], color, 5, joint="curve")
+        for x, y in curve if len(curve) <= 30 else []:
+            draw.ellipse([px(x) - 7, py(y) - 7, px(x) + 7, py(y) + 7], color)
+        draw.line([right - 70, top + 34 + 40 * k, right - 20, top + 34 + 40 * k], color, 7)              # legend
+        draw.text((right - 84, top + 34 + 40 * k), label, "#111827", small, "rm", stroke_width=6, stroke_fill="white")
+    draw.rectangle([left, top, right, bottom], outline="#374151", width=2)
+    for at, text, anchor in (((left, 40), ylabel, "lm"), ((right, 40), title, "rm"), ((785, 866), xlabel, "mm")):
+        draw.text(at, text, "#111827", large, anchor)
+    save_picture(picture.resize((720, 450), Image.Resampling.LANCZOS), path)               # smooths the lines
+
+# --------------------------------------------------------------------------------------------------------- data
 def draw_digits(folder, stems):
     """Draw digits, 60,000 + 10,000 of 28 x 28: Pillow's own font in six stroke widths, blurred, through a random affine
     map and a smooth elastic warp. Single IEEE operations of numpy only (no BLAS, sin or cos): every machine with the
@@ -44,7 +205,7 @@ def draw_digits(folder, stems):
 
 def main():
     images, _ = common.load_images("digits", "data", "train")
-    common.save_picture(common.grid(images[:200] / 255, cols=20), "runs/toy/digits.png")
+    save_picture(grid(images[:200] / 255, cols=20), "runs/toy/digits.png")
     print("saved  runs/toy/digits.png")
 
 if __name__ == "__main__":
