@@ -1,9 +1,9 @@
-"""What has no equation number: image sets, noise schedules, the U-Net, runs and checkpoints, quality, speed.
+"""What has no equation number: noise schedules, the U-Net, runs and checkpoints, quality, speed.
 
-    python common.py --benchmark                # images a second of the default network, and what its convolutions allow
+    python common.py --benchmark         # images a second of the default network, and what its convolutions allow
 """
 import argparse, concurrent.futures, contextlib, copy, csv, ctypes, functools, hashlib, io, math, multiprocessing, os
-import resource, signal, sys, time
+import signal, sys, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -43,24 +43,11 @@ def aside(path):
     finally:
         part.unlink(missing_ok=True)
 
-# ------------------------------------------------------------------------------------------------- image sets
-def load_images(name, data_dir="data", split="train", size=None):
-    """uint8 images (N, C, H, W) and int64 labels (N,) of a named set, or of a folder of pictures (labels None).
-    What is missing is drawn (digits) or downloaded. Raises UserError naming the file and the cure."""
-    if name not in (*toy.SHA256, "cifar10"):
-        return toy.read_folder(Path(name), size), None
-    require(not size, f"--size is for a folder of pictures; {name} has its own")
-    folder, files, arrays = Path(data_dir) / name, {"train": slice(0, 2), "test": slice(2, 4)}[split], []
-    if name == "cifar10":
-        rows = torch.tensor(toy.read(folder / "cifar-10-binary.tar.gz", toy.parse_cifar10, split))
-        return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
-    for stem, sha256 in zip(toy.FILES[files], toy.SHA256[name][files]):
-        names = [n + gz for n in (stem, stem.replace("-idx", ".idx")) for gz in ("", ".gz")]
-        path = next((folder / n for n in names if (folder / n).exists()), folder / names[name != "digits"])
-        if name == "digits" and not path.exists():
-            toy.draw_digits(folder, toy.FILES[files])
-        arrays.append(torch.tensor(toy.read(path, toy.parse_idx, sha256)))
-    return arrays[0][:, None], arrays[1].long()
+def save(what, path):
+    """torch.save to PATH, all or nothing."""
+    torch.save(what, buffer := io.BytesIO())
+    with aside(path) as f:
+        f.write(buffer.getbuffer())
 
 # --------------------------------------------------------------------------------------------- noise schedules
 def geometric_sigmas(sigma_max, sigma_min, L):
@@ -177,8 +164,8 @@ def arguments(doc):
     add("--seed", type=int, default=0, help="of all that is random")
     return p
 
-HERE = {"out", "data_dir", "resume", "sample_only", "overwrite", "device", "npz", "evaluate"}     # not taken from a checkpoint
-FIXED = {"dataset", "size", "width", "patch", "dropout", "classes"}                   # not changed after the start
+HERE = {"out", "data_dir", "resume", "sample_only", "overwrite", "device", "npz", "evaluate"}   # not of a checkpoint
+FIXED = {"dataset", "size", "width", "patch", "dropout", "classes", "improved"}         # not changed after the start
 
 def settings(parser, script, may_be_0=(), not_kept=()):
     """(args, ckpt): the command line, with --resume and --sample-only over the settings saved in OUT/ckpt.pt. Joins
@@ -187,19 +174,20 @@ def settings(parser, script, may_be_0=(), not_kept=()):
     args.out = out = args.out or f"runs/{script}-{Path(args.dataset).name}"
     if args.resume or args.sample_only:
         ckpt = load_checkpoint(Path(out) / "ckpt.pt", script)
-        saved = {k: v for k, v in ckpt["args"].items() if k not in HERE.union(not_kept)}
+        saved = {k: v for k, v in ckpt["args"].items() if k not in HERE.union(not_kept if args.sample_only else ())}
         parser.set_defaults(**saved, out=out)
         args = parser.parse_args()
         for k in FIXED & saved.keys():
             require(getattr(args, k) == saved[k], f"--{k} is {saved[k]} in {out}/ckpt.pt: drop it, or change --out")
     else:
         require(args.overwrite or not any((Path(out) / f).exists() for f in ("ckpt.pt", "log.csv")),
-                f"{out} already holds a run: go on with --resume, draw with --sample-only, start anew with --overwrite")
+                f"{out} already holds a run: go on with --resume, draw with --sample-only, start anew with --overwrite "
+                "or name another --out")
     for k, v in ((k, v) for k, vs in vars(args).items() for v in (vs if isinstance(vs, list) else [vs])):
         ok = isinstance(v, (str, bool, type(None))) or 0 < v < (1 if k in ("ema", "dropout") else math.inf)
         ok = ok or v == 0 and k in ("seed", "dropout", "ema", *may_be_0)
         require(ok, f"--{k.replace('_', '-')} {v} is out of range")
-    require(not args.evaluate or args.evaluate > 9, "--evaluate: ten images are the least that can be compared")
+    require(not args.evaluate or 10 <= args.evaluate <= 10_000, "--evaluate takes 10 to 10000, all test images")
     require(not args.evaluate or args.dataset in (*toy.SHA256, "cifar10"), f"--evaluate: {args.dataset} has no labels")
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     args.device = auto if args.device == "auto" else args.device
@@ -226,20 +214,19 @@ def load_checkpoint(path, script=None):
     require(script in (None, made_by), f"{path} was made by {made_by}.py, not by {script}.py: name another --out")
     return ckpt
 
+FORMAT = torch.contiguous_format, torch.channels_last           # CPU, which is slow to normalise the second, and CUDA
+
 def has_bf16(device):
     """Whether the hardware multiplies bfloat16 matrices."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
     return device != "mps" and bool(torch.cuda.is_bf16_supported(False) if "cuda" in device else
                                     cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
-def layout(device):
-    """The memory format that is fastest: a CPU normalises channels_last slowly."""
-    return torch.channels_last if "cuda" in device else torch.contiguous_format
-
 def keep_memory():
     """Let glibc keep freed memory: to return it and to fetch it again, page by page, is a fifth of a step on a CPU."""
     if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
-        libc.mallopt(-1, 2 ** 30), libc.mallopt(-3, 2 ** 30)             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 30)                                        # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25)           # M_MMAP_THRESHOLD; an old glibc allows less
 
 class Run:
     """All that lies between a paper's loss and the files in OUT. net: the network to train, in bf16, compiled, on many
@@ -252,15 +239,17 @@ class Run:
         self.print = functools.partial(print, flush=True) if self.rank == 0 else lambda text: None
         net.bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16(args.device)
         keep_memory()
-        self.raw = net.to(self.device, memory_format=layout(args.device))
+        self.raw = net.to(self.device, memory_format=FORMAT["cuda" in args.device])
         self.ema = copy.deepcopy(self.raw).eval().requires_grad_(False)
         self.opt = torch.optim.Adam(self.raw.parameters(), args.lr, fused=True)
         self.recent = torch.zeros(100, 2, device=self.device)       # loss, gradient norm of the last 100 steps
         if ckpt:
             self.n, self.seconds, self.rows = ckpt["step"], ckpt["seconds"], ckpt["rows"]
             self.recent.copy_(ckpt["recent"])
-            for name in ("raw", "ema", "opt"):
-                getattr(self, name).load_state_dict(ckpt[name])
+            try:
+                [getattr(self, name).load_state_dict(ckpt[name]) for name in ("raw", "ema", "opt")]
+            except (RuntimeError, ValueError) as e:
+                raise UserError(f"{self.out}/ckpt.pt is of another network, perhaps of an earlier version") from e
         self.raw.compile() or self.ema.compile() if args.compile else None
         self.net = nn.parallel.DistributedDataParallel(self.raw) if self.world > 1 else self.raw
         size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
@@ -287,7 +276,8 @@ class Run:
         args, f = self.args, min(1, (self.n + 1) / self.args.steps)
         loss.backward()
         for old in self.out.glob("*.*") if self.n == self.rank == 0 else ():      # --overwrite, as a step can be made
-            old.unlink() if old.name.startswith(("samples", "process.", "log.csv", "loss.png", "ckpt.pt", "quality.csv")) else None
+            mine = ("samples", "process.", "log.csv", "loss.png", "ckpt.pt", "quality.csv")
+            old.unlink() if old.name.startswith(mine) else None
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), 1.0)
         self.opt.param_groups[0]["lr"] = args.lr * min(1, 20 * f) * (1 + math.cos(math.pi * f)) / 2
         self.opt.step()
@@ -342,11 +332,9 @@ class Run:
         """Write OUT/ckpt.pt, all or nothing, unless the loss is not finite."""
         self.mean()
         if self.rank == 0:
-            torch.save({"script": self.script, "args": vars(self.args), "step": self.n, "seconds": self.seconds,
-                        "rows": self.rows, "recent": self.recent, "raw": self.raw.state_dict(),
-                        "ema": self.ema.state_dict(), "opt": self.opt.state_dict()}, buffer := io.BytesIO())
-            with aside(self.out / "ckpt.pt") as f:
-                f.write(buffer.getbuffer())
+            save({"script": self.script, "args": vars(self.args), "step": self.n, "seconds": self.seconds,
+                  "rows": self.rows, "recent": self.recent, "raw": self.raw.state_dict(),
+                  "ema": self.ema.state_dict(), "opt": self.opt.state_dict()}, self.out / "ckpt.pt")
 
     def finish(self, **facts):
         """Draw args.samples images, or args.evaluate, with the averaged network: samples.png, process.gif, process.png,
@@ -358,7 +346,7 @@ class Run:
             return self.ema(x, *rest)
         start = time.perf_counter()
         for left in range(total := max(args.samples, args.evaluate or 0), 0, -500):
-            chunks.append(self.draw(net, min(left, 500), None if chunks else frames))
+            chunks.append(self.draw(net, min(left, 500), None if chunks else frames).cpu())
             seconds = time.perf_counter() - start
             done = total - max(0, left - 500)
             self.print(f"draw   {done}/{total} images   {seconds / 60 * (total / done - 1):.1f} min left")
@@ -381,10 +369,10 @@ class Run:
                 writer.writerow(row)
 
 # ---------------------------------------------------------------------------------------------------- quality
-def classifier(name, data_dir="data", device="cpu", epochs=4, batch=128):
+def classifier(name, data_dir="data", device="cpu", epochs=5, batch=128):
     """The yardstick's eye on a labelled set: net(x) are logits, net[:-1](x) 128 features, for x (B, C, H, W) in [0, 1].
-    Trained once (90 s on 2 cores) and kept in DATA_DIR/NAME/classifier.pt with a record of what made it."""
-    (images, labels), (test, answers) = (load_images(name, data_dir, split) for split in ("train", "test"))
+    Trained once (two minutes on 2 cores) and kept in DATA_DIR/NAME/classifier.pt with a record of what made it."""
+    (images, labels), (test, answers) = (toy.load_images(name, data_dir, split) for split in ("train", "test"))
     layers, c = [], images.shape[1]
     for width in (32, 64, 128):
         layers += [nn.Conv2d(c, c := width, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)]
@@ -392,7 +380,7 @@ def classifier(name, data_dir="data", device="cpu", epochs=4, batch=128):
     net = nn.Sequential(*layers, nn.Linear(128, int(labels.max()) + 1)).to(device)
     path = Path(data_dir) / name / "classifier.pt"
     made_of = {"net": str(net), "epochs": epochs, "batch": batch,
-               "images": hashlib.sha256(images.numpy()).hexdigest(), "labels": hashlib.sha256(labels.numpy()).hexdigest()}
+               "sha256": [hashlib.sha256(a.numpy()).hexdigest() for a in (images, labels, test, answers)]}
     try:
         kept = torch.load(path, map_location=device, weights_only=True)
         assert kept["made_of"] == made_of
@@ -402,78 +390,55 @@ def classifier(name, data_dir="data", device="cpu", epochs=4, batch=128):
         print(f"eye    training the classifier that judges {name}; it is kept in {path}", flush=True)
     torch.manual_seed(0)
     net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
-    opt, steps = torch.optim.Adam(net.parameters(), fused=True), epochs * len(images) // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, steps + 1)
-    for _ in range(steps):
-        i = torch.randint(len(images), (batch,))
+    opt, order = torch.optim.Adam(net.parameters(), fused=True), [torch.randperm(len(images)) for _ in range(epochs)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, len(torch.cat(order)) // batch + 2)
+    for i in torch.cat(order).split(batch):
         x = images[i].roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3)).to(device) / 255
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bf16(device)):
             F.cross_entropy(net(x), labels[i].to(device)).backward()
         opt.step(), opt.zero_grad(), schedule.step()
     net.eval().requires_grad_(False)
     accuracy = (features(net, test)[1].argmax(1) == answers).double().mean().item()
-    with contextlib.suppress(UserError), aside(path) as f:               # a folder that is read-only keeps nothing
-        torch.save({"made_of": made_of, "accuracy": accuracy, "torch": torch.__version__, "net": net.state_dict()}, f)
+    with contextlib.suppress(UserError):                                 # a folder that is read-only keeps nothing
+        save({"made_of": made_of, "accuracy": accuracy, "torch": str(torch.__version__), "net": net.state_dict()}, path)
     return net, accuracy
 
 def features(net, images):
     """(features (N, 128), logits (N, K)) of uint8 images, on the CPU."""
     device = next(net.parameters()).device
     f = torch.cat([net[:-1](x.to(device) / 255).cpu() for x in images.split(500)])
-    return f, net[-1].cpu()(f)
-
-def frechet(a, b):
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared Frechet distance of the normal distributions with
-    the means and covariances of the rows of a and of b (Heusel 2017, eq. 6)."""
-    (m, A), (n, B) = ((x.double().mean(0), x.double().T.cov()) for x in (a, b))
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()          # tr (A B)^(1/2)
-    return ((m - n).square().sum() + A.trace() + B.trace() - 2 * cross).item()
-
-def inside(a, b, k=3):
-    """Share of the rows of b that lie no farther from some row of a than its k-th neighbour in a does: precision for
-    a real and b drawn, recall the other way round (Kynkaanniemi 2019, eqs. 1, 2)."""
-    hit = torch.zeros(len(b), dtype=torch.bool)
-    for rows in a.split(1000):
-        radius = torch.cdist(rows, a).kthvalue(k + 1).values             # the first is the row itself
-        hit |= (torch.cdist(rows, b) <= radius[:, None]).any(0)
-    return hit.double().mean().item()
-
-def nearest(a, b):
-    """Mean distance, over the images a, to the nearest of the images b; both uint8, the distance in units of [0, 1]."""
-    a, b = a.flatten(1) / 255, b.flatten(1) / 255
-    return torch.cat([torch.cdist(rows, b).amin(1) for rows in a.split(500)]).mean().item()
+    return f, net[-1](f.to(device)).cpu()
 
 def evaluate(x, args):
     """How uint8 images x (N, C, H, W) compare with the test set of args.dataset, as {name: number}, printed in a line.
     floor: the Frechet distance of N training images. nearest: the distance to the nearest training image over that
     of test images: 1 is new, 0 a copy."""
-    (images, _), (test, _) = (load_images(args.dataset, args.data_dir, split) for split in ("train", "test"))
+    (images, _), (test, _) = (toy.load_images(args.dataset, args.data_dir, split) for split in ("train", "test"))
     net, accuracy = classifier(args.dataset, args.data_dir, args.device)
     some = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:len(f)]]
     (f, logits), (real, _) = features(net, x), features(net, test)
-    distance, floor = frechet(f, real), frechet(features(net, some(images))[0], real)
+    distance, floor = toy.frechet(f, real), toy.frechet(features(net, some(images))[0], real)
     p, real = logits.softmax(1), some(real)
     counts = p.argmax(1).bincount(minlength=p.shape[1])
     share = counts / counts.sum()
     row = {"images": len(x), "frechet": distance, "floor": floor, "ratio": distance / floor,
-           "precision": inside(real, f), "recall": inside(f, real), "entropy": -share.xlogy(share).sum().item(),
-           "confidence": p.amax(1).mean().item(), "nearest": nearest(x, images) / nearest(some(test), images)}
+           "precision": toy.inside(real, f), "recall": toy.inside(f, real), "entropy": -share.xlogy(share).sum().item(),
+           "confidence": p.amax(1).mean().item(), "nearest": toy.nearest(x, images) / toy.nearest(some(test), images)}
     print("eval   " + "   ".join(f"{k} {v:.4g}" for k, v in row.items()) + f"   classes {counts.tolist()}   "
-          f"(features of a classifier with {100 * accuracy:.2f} % on the test set; entropy at most {math.log(len(counts)):.3f})")
+          f"(features of a classifier that is right on {100 * accuracy:.2f} % of the test set)")
     return {**row, "classes": " ".join(map(str, counts.tolist())), "classifier": accuracy}
 
 # ------------------------------------------------------------------------------------------------------ speed
 def benchmark(precision, device, batch=16, many=100, rounds=30):
     """A line on the default network: images/s in training (forward, backward, Adam) and in one evaluation; what its
-    3x3 convolutions need when each is timed alone (forward, backward, its faster layout), as a share of the step; the
-    step's arithmetic, of these convolutions, against that of the fastest of them; peak memory. Medians, taken in turn."""
+    3x3 convolutions need, each timed alone (forward, backward, the faster layout), as a share of the step; the step's
+    arithmetic, of these convolutions, against that of the fastest of them; peak memory. Medians, taken in turn."""
     keep_memory()
-    net, x = UNet().to(device, memory_format=layout(device)), torch.randn(many, 1, 28, 28, device=device)
-    noise, convs, net.bf16 = torch.zeros(many, device=device), [], precision != "fp32"
+    net, convs, t = UNet().to(device, memory_format=FORMAT["cuda" in device]), [], {}
+    x, noise = torch.randn(many, 1, 28, 28, device=device), torch.zeros(many, device=device)
+    net.bf16 = precision != "fp32"
     for m in (m for m in net.modules() if getattr(m, "kernel_size", 0) == (3, 3)):
-        m.register_forward_hook(lambda m, args, out: convs.append((m.in_channels, m.out_channels, out.shape[-1], out.dtype)))
+        m.register_forward_hook(lambda m, x, y: convs.append((m.in_channels, m.out_channels, y.shape[-1], y.dtype)))
     net(x[:batch], noise[:batch])
     [m._forward_hooks.clear() for m in net.modules()]
     net.compile() if precision == "compiled" else None
@@ -481,34 +446,40 @@ def benchmark(precision, device, batch=16, many=100, rounds=30):
     def step():
         net(x[:batch], noise[:batch]).square().mean().backward()
         opt.step(), opt.zero_grad()
-    jobs, t = {"step": step, "net": torch.no_grad()(lambda: net(x, noise))}, {}
-    for key in dict.fromkeys(convs):
-        for form in (torch.contiguous_format, torch.channels_last):
-            (c_in, c_out, size, dtype), a, g = key, *(torch.randn(batch, c, key[2], key[2]).to(
-                device, key[3], memory_format=form) for c in key[:2])
-            conv = nn.Conv2d(c_in, c_out, 3, padding=1).to(device, dtype, memory_format=form)
-            jobs[key, form] = functools.partial(lambda conv, a, g: conv(a).backward(g), conv, a.requires_grad_(), g)
+    jobs = {"step": step, "net": torch.no_grad()(lambda: net(x, noise))}
+    for key, form in ((key, form) for key in dict.fromkeys(convs) for form in FORMAT):
+        c_in, c_out, size, dtype = key
+        a, g = (torch.randn(batch, c, size, size).to(device, dtype, memory_format=form) for c in (c_in, c_out))
+        conv = nn.Conv2d(c_in, c_out, 3, padding=1).to(device, dtype, memory_format=form)
+        jobs[key, form] = functools.partial(lambda conv, a, g: conv(a).backward(g), conv, a.requires_grad_(), g)
+    repeat = 20 if "cuda" in device else 1                               # on CUDA, hide the time to launch a kernel
     for _ in range(rounds + 3):
         for name, job in jobs.items():
             start = time.perf_counter()
-            job()
-            torch.cuda.synchronize() if "cuda" in device else None
-            t.setdefault(name, []).append(time.perf_counter() - start)
+            [job() for _ in range(repeat)]
+            torch.cuda.synchronize() if repeat > 1 else None
+            t.setdefault(name, []).append((time.perf_counter() - start) / repeat)
     t = {name: float(np.median(seconds[3:])) for name, seconds in t.items()}
-    alone = {key: min(t[key, torch.contiguous_format], t[key, torch.channels_last]) for key in convs}
-    work = {key: 3 * 18e-9 * key[0] * key[1] * key[2] ** 2 * batch for key in convs}           # Gflop, three passes
-    rate, fastest = sum(work[k] for k in convs) / t["step"], max(work[k] / alone[k] for k in alone)
-    memory = torch.cuda.max_memory_allocated(device) if "cuda" in device else 1024 * resource.getrusage(0).ru_maxrss
+    alone = [min(t[key, form] for form in FORMAT) for key in convs]
+    work = [3 * 18e-9 * c_in * c_out * size ** 2 * batch for c_in, c_out, size, _ in convs]  # Gflop, three passes
+    rate, fastest = sum(work) / t["step"], max(w / s for w, s in zip(work, alone))
+    if "cuda" in device:
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource                                                  # of Unix; macOS counts bytes, Linux KiB
+        memory = resource.getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return (f"{precision:9s}{batch / t['step']:6.0f} images/s training {many / t['net']:6.0f} images/s an evaluation   "
-            f"convolutions alone {100 * sum(alone[k] for k in convs) / t['step']:.0f} % of a step   {rate:.0f} Gflop/s, "
+            f"convolutions {100 * sum(alone) / t['step']:.0f} % of a step   {rate:.0f} Gflop/s, "
             f"{100 * rate / fastest:.0f} % of the fastest convolution's   peak {memory / 2 ** 20:.0f} MiB")
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.add_argument("--benchmark", action="store_true", help="measure, in fp32, in bf16, and in bf16 compiled")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    cuda = torch.cuda.is_available()
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="where to measure")
     args = p.parse_args()
     require(args.benchmark, "nothing to do: give --benchmark")
+    require(cuda or args.device == "cpu", "--device cuda: there is none here")
     for precision in ("fp32", "bf16", "compiled"):                       # each in a process of its own, for its memory
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             print(pool.submit(benchmark, precision, args.device).result(), flush=True)

@@ -1,59 +1,80 @@
-"""Noise conditional score networks (NCSN) on small images: denoising score matching, annealed Langevin dynamics.
+"""Noise conditional score networks (NCSN) on small images: score matching, annealed Langevin dynamics.
 
-Paper    Song & Ermon 2019, arXiv:1907.05600 (equation numbers: arXiv v3); images in [0, 1]
+Papers   Song & Ermon 2019, arXiv:1907.05600 (equation numbers: arXiv v3); images in [0, 1]
+         Song & Ermon 2020, arXiv:2006.09011, "Improved techniques": --improved
+         Song, Garg, Shi & Ermon 2019, arXiv:1905.07088, sliced score matching: --objective ssm or ssm-vr
 Noise    q_sigma(x~ | x) = N(x~ | x, sigma^2 I), sigma_1 > ... > sigma_L geometric           sections 4.1, 4.2
-Network  s(x, sigma) = net(x, log sigma) / sigma
+Network  s(x, sigma) = net(x, log sigma) / sigma;  improved: net(x) / sigma                        Technique 3
 Loss     l(theta; sigma) = 1/2 E || s(x~, sigma) + (x~ - x) / sigma^2 ||^2                             eq. (5)
          1/L sum_i lambda(sigma_i) l(theta; sigma_i), lambda(sigma) = sigma^2                          eq. (6)
 Sample   for sigma_1 ... sigma_L, T times each: x <- x + alpha_i/2 s(x, sigma_i) + sqrt(alpha_i) z,
          alpha_i = eps sigma_i^2 / sigma_L^2                                                      Algorithm 1
 Differs  mean over pixels instead of sum; one U-Net that is told log sigma, no RefineNet with one normalisation a
          level; images are not dequantised; clipped gradients, a learning rate that decays, an average of the weights
-         and a last denoising step (Tweedie), as in the authors' second paper; and by default more levels, from a
-         larger sigma, lambda = sigma^3 (see README, "What differs"). The authors' code takes x + alpha_i s +
-         sqrt(2 alpha_i) z, twice the step at the same eps: what is --eps 2e-5 there is --eps 4e-5 here.
+         and a last denoising step (Tweedie), as in the second paper; and by default more levels, from a larger sigma,
+         lambda = sigma^3 (see README, "What differs"). The authors' code and the second paper take x + alpha_i s +
+         sqrt(2 alpha_i) z, twice the step at the same eps: what is eps = 2e-5 there is --eps 4e-5 here.
 
     python ncsn.py --dataset mnist              # trains, then see runs/ncsn-mnist/samples.png and process.gif
     python ncsn.py --dataset mnist --resume     # goes on; with --sample-only just draws
+    python ncsn.py --dataset mnist --improved --out runs/ncsnv2-mnist     # Techniques 1 to 5
 """
 import math
+import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
+import toy
 from common import Run, UNet, geometric_sigmas, require
 
 def score(net, x, sigma, label=None):
     """s(x, sigma) = net(x, log sigma) / sigma, an estimate of grad log q_sigma(x); sigma: (B,)."""
     return net(x, sigma.log(), label) / sigma.view(-1, 1, 1, 1)
 
-def loss(net, x, sigma, label=None, power=2.0, p_null=0.1):
-    """Denoising score matching over the levels sigma (L,), on the device of x, eqs. (5), (6), mean over pixels.
-    lambda(sigma) = sigma^power. A label (B,) is hidden from the network (-1) with probability p_null, to learn both."""
+class Unconditional(UNet):
+    """The U-Net for Technique 3: it is not told sigma, so s(x, sigma) = net(x) / sigma."""
+    def forward(self, x, noise, label=None):
+        return super().forward(x, torch.zeros_like(noise), label)
+
+def loss(net, x, sigma, label=None, power=2.0, p_null=0.1, objective="dsm"):
+    """Score matching over the levels sigma (L,), on the device of x, eq. (6), mean over pixels, lambda(sigma) =
+    sigma^power. dsm: denoising, eq. (5). ssm, ssm-vr: sliced (1905.07088, section 3), in expectation
+    dsm less sigma^(power - 2) / 2. A label (B,) is hidden (-1) with probability p_null, to learn both."""
     i = torch.randint(len(sigma), (len(x),), device=x.device)              # one level an image: the sum of eq. (6)
     if label is not None:
         label = label.where(torch.rand(len(x), device=x.device) >= p_null, -1)
     sigma_i = sigma[i]                                                     # (B,)
     z = torch.randn_like(x)
     x_tilde = x + sigma_i.view(-1, 1, 1, 1) * z                            # x~ ~ q_sigma(x~ | x)
-    target = -z / sigma_i.view(-1, 1, 1, 1)                                # -(x~ - x) / sigma^2, eq. (2)
-    l = 0.5 * (score(net, x_tilde, sigma_i, label) - target).square().flatten(1).mean(1)      # (B,), eq. (5)
+    if objective == "dsm":
+        target = -z / sigma_i.view(-1, 1, 1, 1)                            # -(x~ - x) / sigma^2, eq. (2)
+        l = 0.5 * (score(net, x_tilde, sigma_i, label) - target).square().flatten(1).mean(1)  # (B,), eq. (5)
+    else:
+        v = torch.randn_like(x).sign()                                     # Rademacher: E v v^T = I
+        with sdpa_kernel(SDPBackend.MATH):                                 # whose attention has a second derivative
+            s = score(net, x_tilde.requires_grad_(), sigma_i, label)
+            vs = (v * s).flatten(1).sum(1)                                 # v^T s
+            grad, = torch.autograd.grad(vs.sum(), x_tilde, create_graph=True)                 # grad_x (v^T s)
+        norm = vs.square() if objective == "ssm" else s.square().flatten(1).sum(1)            # SSM, SSM-VR (eq. 3)
+        l = ((grad * v).flatten(1).sum(1) + norm / 2) / v[0].numel()       # (B,), v^T grad_x s v + norm / 2
     return (sigma_i ** power * l).mean()                                   # eq. (6)
 
 @torch.no_grad()
 def sample(net, x, sigma, eps, T, label=None, denoise=True, frames=None, every=10**9):
     """Annealed Langevin dynamics, Algorithm 1, from x (B, C, H, W), over the levels sigma (L,), T (L,) steps on each.
-    denoise: end with E[x | x~] (Tweedie). frames: a list that gets x after each level and every so many steps."""
+    denoise: end with E[x | x~] (Tweedie). frames: a list that gets 16 images every so many steps, and the last."""
     at = lambda i: torch.full((len(x),), float(sigma[i]), device=x.device)
     for i in range(len(sigma)):                                            # from the largest sigma to the smallest
         alpha = eps * float(sigma[i] / sigma[-1]) ** 2                     # line 3
         for t in range(T[i]):
             z = torch.randn_like(x)
             x = x + alpha / 2 * score(net, x, at(i), label) + math.sqrt(alpha) * z             # line 6
-            if frames is not None and ((t + 1) % every == 0 or t + 1 == T[i]):
-                frames.append(x.clone())
+            if frames is not None and (sum(T[:i]) + t + 1) % every == 0:
+                frames.append(x[:16].clone())
     if denoise:
         x = x + float(sigma[-1]) ** 2 * score(net, x, at(-1), label)       # E[x | x~] = x~ + sigma^2 grad log q(x~)
-        if frames is not None:
-            frames.append(x.clone())
+    if frames is not None:
+        frames.append(x[:16].clone())
     return x
 
 def meter(sigma, eps):
@@ -67,11 +88,68 @@ def meter(sigma, eps):
         rows.append((s, r, 1 / (1 - r / 2) if r < 2 else math.inf))
     return rows
 
+def largest_distance(images, device="cpu", block=2000):
+    """Technique 1: sigma_1 = max_ij || x_i - x_j ||_2 of uint8 images (N, C, H, W) as they are in [0, 1]. Exact: no
+    pair is farther apart than the sum of its distances r to the mean, so blocks of smaller r are left out."""
+    x = images.flatten(1).to(device) / 255
+    r, order = (x - x.mean(0)).norm(dim=1).sort(descending=True)
+    x, r, largest = x[order].split(block), r[::block].tolist(), 0.0
+    for i in range(len(x)):
+        for j in range(i, len(x)):
+            if r[i] + r[j] <= largest:
+                break
+            largest = max(largest, torch.cdist(x[i], x[j]).amax().item())
+    return largest
+
+def overlap(gamma, d):
+    """Phi(sqrt(2 d) (gamma - 1) + 3 gamma) - Phi(sqrt(2 d) (gamma - 1) - 3 gamma): the share of the noise of one level
+    that lies where the noise of the level gamma times as large does, in d dimensions (2006.09011, Proposition 2)."""
+    Phi, a = (lambda x: math.erfc(-x / math.sqrt(2)) / 2), math.sqrt(2 * d) * (gamma - 1)
+    return Phi(a + 3 * gamma) - Phi(a - 3 * gamma)
+
+def level_ratio(d):
+    """Technique 2: gamma = sigma_{i-1} / sigma_i for which overlap(gamma, d) = 0.5. UserError for d <= 4: none is."""
+    require(d > 4, f"Technique 2 has no solution in d = {d}: for d <= 4 the overlap of two levels is above 0.5 "
+            "whatever their ratio; give --levels yourself, without --improved")
+    low, high = 1.0, 2 / (1 - 3 / math.sqrt(2 * d))                        # overlap falls from 0.997 to below 0.5
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if overlap(middle, d) > 0.5 else (low, middle)
+    return low
+
+def step_size(gamma, T):
+    """Technique 4: (r, value), the r = eps / sigma_L^2 whose value is as near 1 as T steps on a level allow, of
+    (1-r)^2T (gamma^2 - 2r / (1 - (1-r)^2)) + 2r / (1 - (1-r)^2), the variance on leaving a level over sigma^2 on a
+    point mass, entered with the last level's. It stays above 1: 2r / (1 - (1-r)^2) is the meter's 1 / (1 - r/2)."""
+    r = torch.logspace(-6, 0, 10 ** 6, dtype=torch.float64)
+    inflation = 2 * r / (1 - (1 - r) ** 2)
+    value = (1 - r) ** (2 * T) * (gamma ** 2 - inflation) + inflation
+    k = (value - 1).abs().argmin()
+    return r[k].item(), value[k].item()
+
+# d, sigma_1, L, T, eps of the authors' configurations for 2006.09011; sigma_L = 0.01
+PUBLISHED = {"CIFAR-10, 32 x 32": (3072, 50, 232, 5, 6.2e-6), "CelebA, 64 x 64": (12288, 90, 500, 5, 3.3e-6),
+             "LSUN bedroom, 128 x 128": (49152, 190, 1086, 3, 1.8e-6), "FFHQ, 256 x 256": (196608, 348, 2311, 3, 9e-7)}
+
+def derive(d, sigma_max, sigma_min, T, L=None):
+    """(L, eps for sample, text): levels by Technique 2 if L is None, step size by Technique 4, and the reasons."""
+    gamma, span = level_ratio(d), math.log(sigma_max / sigma_min)
+    L = L or math.ceil(1 + span / math.log(gamma))
+    actual = math.exp(span / max(1, L - 1))                                # a whole number of levels: slightly smaller
+    r, value = step_size(actual, T)
+    eps = 2 * r * sigma_min ** 2                                           # x + alpha/2 s here, x + alpha s there
+    return L, eps, f"""\
+tech 2 Phi(sqrt(2d)(gamma-1) + 3 gamma) - Phi(sqrt(2d)(gamma-1) - 3 gamma) = 0.5, d = {d}: gamma = {gamma:.5f}
+       sigma_L = {sigma_min:g}, L = {L}: gamma = (sigma_1/sigma_L)^(1/(L-1)) = {actual:.5f}, {overlap(actual, d):.3f}
+tech 4 (1-r)^2T (gamma^2 - 2r/(1-(1-r)^2)) + 2r/(1-(1-r)^2) nearest to 1, T = {T}: {value:.4f} at r = {r:.4g},
+       eps = r sigma_L^2 = {r * sigma_min ** 2:.3g} in x + alpha s + sqrt(2 alpha) z, which is --eps {eps:.3g} here"""
+
 def network(args):
     """The U-Net of these settings."""
     channels = args.shape[0]
     mult = (1, 2, 2) if args.patch == 1 else (1, 2)                        # 28 is 4 times an odd number
-    return UNet(channels, args.width, mult, patch=args.patch, classes=args.n_classes, dropout=args.dropout)
+    return (Unconditional if args.improved else UNet)(
+        channels, args.width, mult, patch=args.patch, classes=args.n_classes, dropout=args.dropout)
 
 def denoiser(ckpt, net=None, device="cpu"):
     """D(y, sigma, label=None) = E[x | y = x + sigma z] = y + sigma^2 s(y, sigma) (Tweedie) of a checkpoint read by
@@ -88,56 +166,93 @@ def denoiser(ckpt, net=None, device="cpu"):
 
 def main():
     p = common.arguments(__doc__)
-    p.add_argument("--steps", type=int, help="optimizer steps (None: 3500 on digits, 6500 on others; paper: 200,000)")
+    p.add_argument("--steps", type=int, help="optimizer steps (None: 4000 on digits, 12000 on others; paper: 200,000)")
     p.add_argument("--batch-size", type=int, default=16, help="images a step, shared by all processes (paper: 128)")
     p.add_argument("--lr", type=float, default=1e-3, help="largest learning rate of Adam: 5%% of the steps up to it, "
-                   "then a cosine down to 0 (paper: 1e-3, constant)")
+                   "then a cosine down to 0 (paper: 1e-3, constant; its successor: 1e-4)")
     p.add_argument("--ema", type=float, default=0.999, help="decay of the average of the weights, after n steps at "
-                   "most (1 + n) / (10 + n) (paper: no average; the authors' second: 0.999)")
-    p.add_argument("--sigma-max", type=float, default=5.0, help="largest noise sigma_1 (paper: 1)")
-    p.add_argument("--sigma-min", type=float, default=0.05, help="smallest noise sigma_L (paper: 0.01)")
-    p.add_argument("--levels", type=int, default=30, help="number of noise levels L (paper: 10)")
-    p.add_argument("--power", type=float, default=3.0, help="lambda(sigma) = sigma^POWER in eq. (6) (paper: 2)")
-    p.add_argument("--eps", type=float, default=1e-3, help="Langevin step size at the last level (paper: 2e-5)")
-    p.add_argument("--T", type=int, nargs="+", default=[10], help="Langevin steps a level, one number or one a "
-                   "level (paper: 100)")
+                   "most (1 + n) / (10 + n), Technique 5 (paper: no average; its successor: 0.999)")
+    p.add_argument("--improved", action="store_true", help="NCSNv2: sigma_1, L and eps by Techniques 1, 2 and 4, the "
+                   "network not told sigma (3), a start from noise; --ema and the last denoising step are there anyway")
+    p.add_argument("--derive", action="store_true", help="print what Techniques 1, 2 and 4 give for this data, and for "
+                   "the published settings, and stop")
+    p.add_argument("--objective", choices=["dsm", "ssm", "ssm-vr"], default="dsm", help="score matching: denoising, "
+                   "sliced, sliced with reduced variance")
+    p.add_argument("--sigma-max", type=float, help="largest noise sigma_1 (None: 5, improved: Technique 1; paper: 1)")
+    p.add_argument("--sigma-min", type=float, default=0.05, help="smallest noise sigma_L (papers: 0.01)")
+    p.add_argument("--levels", type=int, help="noise levels L (None: 30, improved: by Technique 2; paper: 10)")
+    p.add_argument("--power", type=float, default=3.0, help="lambda(sigma) = sigma^POWER in eq. (6) (papers: 2)")
+    p.add_argument("--eps", type=float, help="Langevin step size at the last level (None: 1e-3, improved: by "
+                   "Technique 4; paper: 2e-5)")
+    p.add_argument("--T", type=int, nargs="+", help="Langevin steps a level, one number or one a level (None: 10, "
+                   "improved: 5; paper: 100, its successor: 5)")
+    p.add_argument("--start", help="where sampling starts: uniform noise in [0, 1], noise of the largest sigma, or the "
+                   "picture in a FILE (None: uniform, improved: noise; papers: uniform)")
     p.add_argument("--no-denoise", action="store_true", help="leave out the last denoising step (paper: left out)")
     p.add_argument("--classes", action="store_true", help="train with the labels, one in ten being hidden")
     p.add_argument("--label", type=int, help="draw this class only; a network trained with --classes")
+    if (args := p.parse_args()).derive:
+        images, _ = toy.load_images(args.dataset, args.data_dir, "train", args.size)
+        sigma_1, T = args.sigma_max or largest_distance(images), (args.T or [5])[-1]
+        require(0 < args.sigma_min < sigma_1, f"--sigma-min {args.sigma_min} is not between 0 and sigma_1 = {sigma_1}")
+        print(f"tech 1 sigma_1 = max_ij || x_i - x_j ||_2 = {sigma_1:.4g}")
+        print(derive(images[0].numel(), sigma_1, args.sigma_min, T, args.levels)[2])
+        for name, (d, sigma_1, L, T, eps) in PUBLISHED.items():
+            print(f"\n{name}: published are sigma_1 = {sigma_1}, L = {L}, T = {T}, eps = {eps:g}")
+            for levels in (None, L):                                       # by the rule, and as published
+                print(derive(d, sigma_1, 0.01, T, levels)[2])
+        return
     args, ckpt = common.settings(p, "ncsn", may_be_0=("label", "n_classes", "power"),
-                                 not_kept=("label", "no_denoise"))
-    args.steps = args.steps or (3500 if args.dataset == "digits" else 6500)
-    require(args.sigma_min <= args.sigma_max, f"--sigma-min {args.sigma_min} is above --sigma-max {args.sigma_max}")
-    sigma = geometric_sigmas(args.sigma_max, args.sigma_min, args.levels)
-    T = args.T * args.levels if len(args.T) == 1 else args.T
-    require(len(T) == args.levels, f"--T gives {len(T)} numbers for --levels {args.levels}: give one, or one a level")
+                                 not_kept=("label", "no_denoise", "start"))
+    args.steps = args.steps or (4000 if args.dataset == "digits" else 12000)
+    args.T = args.T or ([5] if args.improved else [10])
+    start = args.start or ("noise" if args.improved else "uniform")
     if not args.sample_only:
-        images, labels = common.load_images(args.dataset, args.data_dir, "train", args.size)
+        images, labels = toy.load_images(args.dataset, args.data_dir, "train", args.size)
         require(labels is not None or not args.classes, f"--classes: the pictures in {args.dataset} have no labels")
         args.shape, args.n_classes = list(images.shape[1:]), int(labels.max()) + 1 if args.classes else 0
+        args.sigma_max = args.sigma_max or (largest_distance(images, args.device) if args.improved else 5.0)
+    require(args.sigma_min < args.sigma_max, f"--sigma-min {args.sigma_min} is not below sigma_1 = {args.sigma_max}")
+    require(not args.compile or args.objective == "dsm", "--compile knows no second derivatives: --objective dsm only")
+    L, eps, text = derive(math.prod(args.shape), args.sigma_max, args.sigma_min, args.T[-1], args.levels) \
+        if args.improved else (args.levels or 30, 1e-3, "")
+    eps, sigma = args.eps or eps, geometric_sigmas(args.sigma_max, args.sigma_min, L)
+    T = args.T * L if len(args.T) == 1 else args.T
+    require(len(T) == L, f"--T gives {len(T)} numbers for {L} levels: give one, or one a level")
     require(args.label is None or args.label < args.n_classes,
             f"--label {args.label}: the network knows {args.n_classes} classes (train with --classes)")
+    C, H, W = args.shape
+    if start not in ("uniform", "noise"):
+        picture = toy.read_picture(start).convert("L" if C == 1 else "RGB").resize((W, H))
+        picture = torch.from_numpy(np.array(picture)).view(H, W, C).permute(2, 0, 1).to(args.device) / 255
 
     def draw(net, n, frames=None):                                         # labels in turn: one class a column of ten
         label = torch.arange(n, device=args.device) % max(1, args.n_classes) if args.n_classes else None
         label = label if args.label is None else torch.full_like(label, args.label)
-        x = torch.rand(n, *args.shape, device=args.device)
-        every = max(1, max(T) * args.levels // 30)                         # about 30 frames, one a level or more
-        return sample(net, x, sigma, args.eps, T, label, not args.no_denoise, frames, every)
+        x = torch.rand(n, C, H, W, device=args.device)
+        if start == "noise":
+            x = args.sigma_max * torch.randn_like(x)
+        elif start != "uniform":
+            x = picture.expand_as(x)
+        every = max(1, sum(T) // 30)                                       # about 30 frames
+        return sample(net, x, sigma, eps, T, label, not args.no_denoise, frames, every)
     run = Run(args, "ncsn", network(args), draw, ckpt)
     run.print(f"data   {args.dataset}, {' x '.join(map(str, args.shape))}, range [0, 1]")
-    rows = meter(sigma, args.eps)
-    run.print("meter  r = a / sigma^2, and how much it inflates the variance on a point, at each sigma:")
-    for k in range(0, len(rows), 5):
-        run.print("".join(f"  {s:9.4f}: {r:.3g} x{inflation:.4g}" for s, r, inflation in rows[k:k + 5]))
-    if (r := max(r for _, r, _ in rows)) > 1:
+    if args.improved:
+        run.print(f"tech 1 sigma_1 = max_ij || x_i - x_j ||_2 = {args.sigma_max:.4g}\n{text}\n"
+                  f"tech 3 s(x, sigma) = net(x) / sigma\ntech 5 theta' <- m theta' + (1 - m) theta, m = {args.ema}")
+    rows = meter(sigma, eps)
+    r, inflation = max((r, inflation) for _, r, inflation in rows)         # the same on all levels
+    run.print(f"meter  r = a / sigma^2 = {r:.4g} on all {len(rows)} levels from {sigma[0]:.4g} to {sigma[-1]:.4g}: "
+              f"the variance on a point is {inflation:.4g} times too large")
+    if r > 1:
         run.print(f"warn   r > 1: Langevin steps overshoot{', and diverge above 2' if r > 2 else ''}; lower --eps")
     if not args.sample_only:
         levels = sigma.float().to(run.device)
         for x, label in run.batches(images, labels if args.classes else None):
-            run.step(loss(run.net, x, levels, label, args.power))
+            run.step(loss(run.net, x, levels, label, args.power, objective=args.objective))
     if run.rank == 0:
-        run.finish()
+        run.finish(r=r, inflation=inflation)
 
 if __name__ == "__main__":
     common.cli(main)

@@ -3,8 +3,8 @@
 Where a network belongs stands the exact answer: for data N(M, S^2) the score of q_sigma is -(x - M) / (S^2 + sigma^2).
 M and S are never 0 and 1 (plain noise would pass), and S = 0, a point mass, shows what mean and variance hide.
 """
-import contextlib, gzip, hashlib, http.server, io, itertools, math, os, signal, struct, subprocess, sys, tarfile, tempfile
-import threading, time, unittest
+import contextlib, csv, gzip, hashlib, http.server, io, itertools, math, os, signal, struct, subprocess, sys, tarfile, tempfile
+import re, threading, time, unittest
 from pathlib import Path
 from unittest import mock
 import numpy as np
@@ -223,6 +223,288 @@ class Langevin(Case):
             v = torch.as_tensor(sigma).expand(5).view(-1, 1, 1, 1) ** 2
             self.near(D(y, sigma), (S ** 2 * y + v * M) / (S ** 2 + v), 1e-5)
 
+class Sliced(Case):
+    def test_loss_at_the_exact_score_is_denoising_less_a_constant(self):
+        x = data(20_000, 1, 4, 4)
+        for sigma, power, objective in itertools.product((2.0, 0.5), (2.0, 1.0), ("ssm", "ssm-vr")):
+            loss = ncsn.loss(gaussian(), x, torch.tensor([sigma]), power=power, objective=objective)
+            exact = (S ** 2 / (S ** 2 + sigma ** 2) - 1) / 2 * sigma ** (power - 2)
+            self.near(loss / exact, 1, 0.03)
+
+    def test_gradient_vanishes_at_the_exact_score_and_points_back_to_it(self):
+        x, sigma = data(20_000, 1, 2, 2), torch.tensor([1.0, 0.3])
+        def gradient(scale, objective):
+            torch.manual_seed(0)
+            a = torch.tensor(scale, requires_grad=True)
+            ncsn.loss(lambda x, noise, label: a * gaussian()(x, noise), x, sigma, objective=objective).backward()
+            return a.grad.item()
+        exact = (1 - S ** 2 / (S ** 2 + sigma ** 2)).mean()                # of a - 1, for denoising and sliced alike
+        for objective in ("dsm", "ssm", "ssm-vr"):
+            self.near(gradient(1.0, objective), 0, 0.02)
+            self.near(gradient(1.5, objective), 0.5 * exact, 0.03)         # a lost 1/2 would vanish at another slope
+            self.near(gradient(0.5, objective), -0.5 * exact, 0.03)
+
+    def test_reduced_variance_is_reduced(self):
+        x, sigma = data(1, 1, 4, 4), torch.tensor([0.5])
+        spread = [torch.stack([ncsn.loss(gaussian(), x, sigma, objective=o) for _ in range(500)]).var()
+                  for o in ("ssm", "ssm-vr")]
+        self.assertGreater(spread[0], 3 * spread[1])
+
+    def test_trace_through_the_network_and_its_gradient(self):
+        torch.manual_seed(3)
+        net = common.UNet(1, 16)
+        for p in net.parameters():
+            nn.init.normal_(p, std=0.2)
+        x, sigma, z = torch.rand(1, 1, 8, 8), torch.tensor([0.7]), torch.randn(1, 1, 8, 8)
+        jacobian = torch.autograd.functional.jacobian(lambda y: ncsn.score(net, y, sigma), x + 0.7 * z).view(64, 64)
+        s, v = ncsn.score(net, x + 0.7 * z, sigma).flatten(), torch.randn(64).sign()
+        for objective, norm in (("ssm", (v * s).sum() ** 2), ("ssm-vr", s.square().sum())):
+            net.zero_grad()
+            with mock.patch.object(torch, "randn_like", mock.Mock(side_effect=[z, v.view(1, 1, 8, 8)])):
+                loss = ncsn.loss(net, x, sigma, objective=objective)
+            self.near(loss / (0.7 ** 2 * (v @ jacobian @ v + norm / 2) / 64), 1, 1e-3)
+            loss.backward()
+            self.assertTrue(all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None))
+            self.assertGreater(net.attention.in_proj_weight.grad.abs().sum(), 0)       # twice through the attention
+
+class Improved(Case):
+    def test_largest_distance_is_exact(self):
+        for n, far in ((50, 0), (700, 3)):
+            images = (torch.randn(n, 1, 4, 4) * 20 + 128).clamp(0, 255).byte()
+            images[:far] = torch.tensor([0, 255, 255], dtype=torch.uint8)[:far, None, None, None]
+            exact = torch.cdist(images.flatten(1).double(), images.flatten(1).double()).max() / 255
+            for block in (7, 64, 1000):
+                self.near(ncsn.largest_distance(images, block=block) / exact, 1, 1e-5)
+
+    def test_overlap_rule(self):
+        for d in (5, 27, 784, 3072):
+            self.near(ncsn.overlap(ncsn.level_ratio(d), d), 0.5, 1e-9)
+        root = math.sqrt(2 * 3072)
+        self.near(ncsn.level_ratio(3072), root / (root - 3), 1e-7)               # its second Phi alone
+        for d in (1, 2, 4):
+            self.refuses("no solution", ncsn.level_ratio, d)
+            self.assertGreater(min(ncsn.overlap(1 + 0.01 * k, d) for k in range(100_000)), 0.99)
+        gamma, d = ncsn.level_ratio(784), 784                                    # the share that it speaks of, in noise drawn
+        radius = torch.randn(20_000, d).norm(dim=1)                        # of a level; the other is gamma times as large
+        inside = (radius - gamma * math.sqrt(d)).abs() < 3 * gamma / math.sqrt(2)
+        self.near(inside.float().mean(), 0.5, 0.02)
+
+    def test_step_size_makes_the_variance_stay(self):
+        for gamma, T in ((1.08, 3), (1.04, 5), (1.2, 1)):
+            r, value = ncsn.step_size(gamma, T)
+            def after(r):                                                  # x <- (1 - r) x + sqrt(2 r) z, T times
+                v = gamma ** 2
+                for _ in range(T):
+                    v = (1 - r) ** 2 * v + 2 * r
+                return v
+            self.near(after(r), value, 1e-9)
+            self.assertTrue(all(abs(value - 1) < abs(after(r * f) - 1) for f in (0.5, 0.9, 0.99, 1.01, 1.1, 1.5)))
+            x = M + gamma * 0.3 * torch.randn(100_000, 1, 1, 1)            # and the sampler does that on a point mass
+            x = ncsn.sample(gaussian(S=0.0), x, torch.tensor([0.3]), 2 * r * 0.3 ** 2, [T], denoise=False)
+            self.near(x.var() / 0.3 ** 2 / value, 1, 0.02)
+
+    def test_published_settings(self):
+        for d, sigma_1, L, T, eps in ncsn.PUBLISHED.values():
+            gamma = (sigma_1 / 0.01) ** (1 / (L - 1))
+            digits = 1 - math.floor(math.log10(eps))                       # eps is printed with two digits, or one
+            self.near(ncsn.step_size(gamma, T)[0] * 1e-4, eps, 0.51 * 10.0 ** -digits * (10 if eps == 9e-7 else 1))
+            self.near(ncsn.overlap(gamma, d), 0.567, 0.001)                # all were made with this and not with 0.5
+        L, eps, text = ncsn.derive(3072, 50, 0.01, 5)
+        self.assertEqual(L, 220)
+        self.near(ncsn.derive(3072, 50, 0.01, 5, 232)[1], 2 * 6.2e-6, 1e-7)
+        self.assertIn("gamma = 1.03980", text)
+
+    def test_network_is_not_told_sigma(self):
+        net = ncsn.Unconditional(1, 8)
+        for p in net.parameters():
+            nn.init.normal_(p, std=0.2)
+        x = torch.rand(1, 1, 8, 8)
+        a, b = (ncsn.score(net, x, torch.tensor([sigma])) for sigma in (0.5, 2.0))
+        self.near(a / b, 4, 1e-4)
+
+    def test_command(self):
+        flags = [*self.tiny(), "--improved", "--out", self.dir / "run"]
+        code, out, err = self.command(ncsn, *flags, "--start", "uniform")
+        self.assertEqual((code, err), (0, ""))
+        images, _ = toy.load_images("digits", self.dir / "data")
+        saved = common.load_checkpoint(self.dir / "run" / "ckpt.pt")["args"]
+        self.assertEqual((saved["sigma_max"], saved["levels"], saved["eps"]), (1, 10, 2e-5))   # what is given, holds
+        for flag in ("--sigma-max", "--levels", "--eps"):
+            k = flags.index(flag)
+            del flags[k:k + 2]
+        code, out, err = self.command(ncsn, *flags, "--overwrite")
+        self.assertEqual((code, err), (0, ""))
+        saved = common.load_checkpoint(self.dir / "run" / "ckpt.pt")["args"]
+        self.near(saved["sigma_max"], ncsn.largest_distance(images), 1e-6)
+        L, eps, _ = ncsn.derive(64, saved["sigma_max"], 0.01, 2)
+        self.assertEqual((saved["levels"], saved["eps"]), (None, None))
+        self.assertIn(f"--eps {eps:.3g} here", out)
+        D, y = ncsn.denoiser(common.load_checkpoint(self.dir / "run" / "ckpt.pt")), torch.rand(2, 1, 8, 8)
+        self.near(D(y, 2.0) - y, 4 * (D(y, 0.5) - y), 1e-4)                # the network was not told sigma
+        more = ncsn.derive(64, saved["sigma_max"], 0.01, 4)[1]
+        self.assertLess(more, eps)
+        with mock.patch.object(ncsn, "sample", side_effect=lambda net, x, *rest: rest[-2].append(x) or x) as seen:
+            code, out, err = self.command(ncsn, "--out", self.dir / "run", "--sample-only", "--T", 4, "--samples", 300)
+        self.assertEqual((code, err), (0, ""))
+        self.assertIn(f"--eps {more:.3g} here", out)                       # more steps on a level: derived again
+        self.near(seen.call_args[0][1].std() / saved["sigma_max"], 1, 0.03)            # and a start from noise
+        self.near(seen.call_args[0][3] / more, 1, 1e-6)
+        code, out, err = self.command(ncsn, "--derive", "--data-dir", self.dir / "data")
+        for words in ("L = 220", "L = 232", "6.2e-06", "sigma_L^2 = 6.18e-06", "gamma = 1.03980", "0.567"):
+            self.assertIn(words, out)
+        self.assertEqual((code, err), (0, ""))
+
+    def test_start(self):
+        self.assertEqual(self.command(ncsn, *self.tiny(), "--out", self.dir / "run")[0], 0)
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(self.dir / "a.png")
+        for start, mean, spread in (("uniform", 0.5, 0.29), ("noise", 0, 1), (self.dir / "a.png", 31.5 / 255, None)):
+            with mock.patch.object(ncsn, "sample", side_effect=lambda net, x, *rest: rest[-2].append(x) or x) as seen:
+                self.command(ncsn, "--out", self.dir / "run", "--sample-only", "--samples", 200, "--start", start)
+            x = seen.call_args[0][1]
+            self.near(x.mean(), mean, 0.02)
+            if spread:
+                self.near(x.std(), spread, 0.02)
+            else:
+                self.near(x[7], torch.arange(64).view(1, 8, 8) / 255, 1e-6)
+        code, _, err = self.command(ncsn, "--out", self.dir / "run", "--sample-only", "--start", self.dir / "b.png")
+        self.assertEqual((code, err.count("\n")), (2, 1))
+
+class Quality(Case):
+    @classmethod
+    def setUpClass(cls):
+        """A data folder with 8000 + 2000 of the drawn digits, and the classifier that learned them."""
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        with contextlib.redirect_stdout(io.StringIO()):
+            cls.images, cls.labels = toy.load_images("digits", cls.folder, "test")
+            data = Path(cls.folder) / "digits"
+            for k, part in ((0, slice(0, 8000)), (2, slice(8000, 10_000))):
+                write_idx(data / toy.FILES[k], cls.images[part, 0].numpy())
+                write_idx(data / toy.FILES[k + 1], cls.labels[part].numpy().astype(np.uint8))
+            cls.net, cls.accuracy = common.classifier("digits", cls.folder)
+
+    def judge(self, x):
+        """The row that evaluate gives images x."""
+        args = mock.Mock(dataset="digits", data_dir=self.folder, device="cpu")
+        with contextlib.redirect_stdout(io.StringIO()):
+            return mock.Mock(**common.evaluate(x, args))
+
+    def test_frechet_distance(self):
+        a = torch.randn(500, 5).double() @ torch.randn(5, 5).double()
+        C, shift = a.T.cov(), torch.arange(5).double()
+        self.near(toy.frechet(a, a), 0, 1e-9)
+        self.near(toy.frechet(a, 3 * a + shift),
+                  (2 * a.mean(0) + shift).square().sum() + 4 * C.trace(), 1e-8)        # tr (C + 9 C - 2 * 3 C)
+        b = torch.randn(400, 5).double() @ torch.randn(5, 5).double()
+        cross = torch.linalg.eigvals(C @ b.T.cov()).real.sqrt().sum()                  # another way to tr (C_a C_b)^(1/2)
+        self.near(toy.frechet(a, b),
+                  (a.mean(0) - b.mean(0)).square().sum() + C.trace() + b.T.cov().trace() - 2 * cross, 1e-8)
+        a = torch.randn(100_000, 1)
+        self.near(toy.frechet(a, M + S * torch.randn(100_000, 1)), M ** 2 + (1 - S) ** 2, 0.05)
+
+    def test_precision_and_recall(self):
+        at = lambda *v: torch.tensor(v).double()[:, None] * torch.ones(1, 40)
+        a = at(*range(1500))                                               # equal steps; the ends reach 3, the others 2
+        self.near(toy.inside(a, at(-2.9, -3.1, 700.5, 1498.9, 1501.9, 1502.1, 5000.0), k=3), 4 / 7, 1e-9)
+        self.near(toy.inside(a, a + 1e-3), 1, 1e-9)
+        self.near(toy.inside(torch.full((30, 40), 5.0).double(), a), 0, 1 / 1000)            # one point repeated: no reach
+        self.near(toy.inside(at(0.0, 1, 2, 9), at(5.5, 9.5, 16.9, 17.1), k=2), 0.75, 1e-9)
+
+    def test_nearest(self):
+        a, b = (torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8) for n in (600, 50))
+        exact = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).amin(1).mean() / 255
+        self.near(toy.nearest(a, b), exact, 1e-4)
+        self.near(toy.nearest(b, torch.cat([a, b])), 0, 2e-3)
+
+    def test_classifier_is_kept_with_a_record_and_made_again_for_other_data(self):
+        self.assertGreater(self.accuracy, 0.97)
+        images = self.images[8000:]
+        self.near((common.features(self.net, images)[1].argmax(1) == self.labels[8000:]).float().mean(), self.accuracy, 1e-6)
+        path = Path(self.folder) / "digits" / "classifier.pt"
+        kept = torch.load(path)
+        self.assertEqual(kept["accuracy"], self.accuracy)
+        folder = self.dir / "data" / "digits"
+        self.tiny()
+        def made():
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                net, accuracy = common.classifier("digits", self.dir / "data")
+            return "training" in out.getvalue(), net[0].weight
+        first, weight = made()
+        again, same = made()
+        self.assertEqual((first, again), (True, False))
+        self.near(weight, same, 0)
+        good = (folder / "classifier.pt").read_bytes()
+        for bad in (b"", good[:1000], path.read_bytes()):                  # damaged, or of another data set
+            (folder / "classifier.pt").write_bytes(bad)
+            self.assertTrue(made()[0])
+            self.assertFalse(made()[0])
+        self.tiny(n=65)
+        self.assertTrue(made()[0])
+
+    def test_real_images_are_at_the_floor_and_others_move_as_they_must(self):
+        train, test, labels = self.images[:8000], self.images[8000:], self.labels[:8000]
+        some = torch.randperm(8000, generator=torch.Generator().manual_seed(1))[:1000]         # not those of the floor
+        real = self.judge(train[some])
+        self.near(real.ratio, 1, 0.25)
+        self.near([real.precision, real.recall], 0.93, 0.07)
+        self.near(real.entropy, math.log(10), 0.02)
+        self.assertGreater(real.confidence, 0.95)
+        self.near(real.nearest, 0, 0.01)                                   # every one a copy
+        fresh = self.judge(test[:1000])
+        self.assertLess(fresh.ratio, 1.2)
+        self.near(fresh.nearest, 1, 0.05)
+        noise = self.judge(torch.randint(0, 256, (1000, 1, 28, 28), dtype=torch.uint8))
+        self.assertGreater(noise.ratio, 100)
+        self.assertLess(noise.precision + noise.recall, 0.05)
+        self.assertGreater(noise.nearest, 1.5)
+        blank = self.judge(torch.zeros(1000, 1, 28, 28, dtype=torch.uint8))
+        self.assertGreater(blank.ratio, 30)
+        self.assertEqual((blank.entropy, sum(map(int, blank.classes.split()))), (0, 1000))
+        self.near([blank.precision, blank.recall], 0, 0.01)
+        one = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:1]          # that of a real one compared with
+        repeated = self.judge(test[one].expand(1000, -1, -1, -1).contiguous())
+        self.assertGreater(repeated.ratio, 30)
+        self.near([repeated.entropy, repeated.recall], 0, 0.01)
+        self.near(repeated.precision, 1, 1e-6)                             # it is a digit, if only one
+        sevens = self.judge(train[labels == 7][:700])
+        self.assertGreater(sevens.ratio, 10)
+        self.assertLess(sevens.entropy, 0.2)
+        self.assertLess(sevens.recall, 0.3)
+        self.assertGreater(sevens.precision, 0.8)
+        self.assertGreater(int(sevens.classes.split()[7]), 670)
+        half = torch.where(torch.rand(1000, 1, 1, 1) < 0.5, train[some], torch.zeros(1, dtype=torch.uint8))
+        self.assertTrue(real.ratio < self.judge(half).ratio < blank.ratio)
+
+    def test_evaluate_adds_a_row(self):
+        flags = [*self.tiny(), "--out", self.dir / "run", "--evaluate", 20]
+        for k, more in enumerate(([], ["--sample-only", "--T", 3])):
+            code, out, err = self.command(ncsn, *flags, *more)
+            self.assertEqual((code, err), (0, ""))
+            self.assertEqual((out.count("\neval "), out.count("training the classifier")), (1, 1 - k))
+            with open(self.dir / "run" / "quality.csv", newline="") as f:
+                rows = list(csv.DictReader(f))
+            self.assertEqual(len(rows), k + 1)
+            self.assertEqual((rows[k]["step"], rows[k]["images"], float(rows[k]["evaluations"])), ("6", "20", 21 + 10 * k))
+            self.assertIn("--evaluate 20", rows[k]["flags"])
+            self.near(float(rows[k]["r"]), 0.1, 1e-6)
+            for name in ("frechet", "floor", "ratio", "precision", "recall", "entropy", "confidence", "nearest", "s_per_100"):
+                self.assertTrue(math.isfinite(float(rows[k][name])), name)
+        code, out, _ = self.command(ncsn, "--out", self.dir / "run", "--sample-only")           # is asked for each time
+        self.assertNotIn("\neval ", out)
+        (self.dir / "pictures").mkdir()
+        Image.new("L", (8, 8)).save(self.dir / "pictures" / "a.png")
+        for bad in (["--dataset", self.dir / "pictures", "--evaluate", 20], ["--evaluate", 3]):
+            code, _, err = self.command(ncsn, *self.tiny(), "--out", self.dir / "other", *bad)
+            self.assertEqual((code, err.count("\n")), (2, 1))
+            self.assertIn("--evaluate", err)
+
+class Speed(Case):
+    def test_benchmark(self):
+        line = common.benchmark("fp32", "cpu", batch=2, many=2, rounds=1)
+        training, evaluation, share, rate, of_fastest, peak = map(float, re.findall(r"(?<= )[0-9.]+(?= )", line[4:]))
+        self.assertTrue(0 < training < evaluation and 0 < share < 200 and 0 < of_fastest <= share and 0 < rate and peak > 50)
+        self.assertEqual(self.command(common)[0], 2)
+
 class Network(Case):
     def shaken(self, **kwargs):
         """A U-Net with weights that are not zero anywhere."""
@@ -280,7 +562,8 @@ class Network(Case):
         net = common.UNet(1, 8, classes=3).to("meta")                      # meta: reading a number back would raise
         sigma = common.geometric_sigmas(1, 0.01, 4)
         x, label = torch.rand(2, 1, 8, 8, device="meta"), torch.zeros(2, device="meta", dtype=torch.long)
-        ncsn.loss(net, x, sigma.float().to("meta"), label).backward()
+        for objective in ("dsm", "ssm", "ssm-vr"):
+            ncsn.loss(net, x, sigma.float().to("meta"), label, objective=objective).backward()
         out = ncsn.sample(net, x, sigma, 2e-5, [2] * 4, label, frames=[])
         self.assertEqual((out.shape, out.device.type), (x.shape, "meta"))
         self.assertEqual(ncsn.denoiser(None, net)(x, 0.1).device.type, "meta")
@@ -305,7 +588,7 @@ class Images(Case):
             for stem, a in zip(toy.FILES, arrays):
                 write_idx(folder / (stem.replace("-idx", ".idx" if dot else "-idx") + ".gz" * gz), a, compress=gz)
             for split, k in (("train", 0), ("test", 2)):
-                images, labels = common.load_images("mnist", folder.parent, split)
+                images, labels = toy.load_images("mnist", folder.parent, split)
                 self.assertEqual((images.dtype, labels.dtype), (torch.uint8, torch.int64))
                 self.near(images, arrays[k][:, None], 0)
                 self.near(labels, arrays[k + 1], 0)
@@ -318,7 +601,7 @@ class Images(Case):
         for bad in (good[:-9], good[:30], b"", raw[:-1], raw[:9], b"\0\0\x0d" + raw[3:], raw[:-1] + b"\xff", raw + b"\0",
                     b"<!DOCTYPE html>", gzip.compress(b"hello")):
             path.write_bytes(bad)
-            self.refuses(str(path), common.load_images, "mnist", self.dir)
+            self.refuses(str(path), toy.load_images, "mnist", self.dir)
         path.write_bytes(gzip.compress(raw, 1))                            # compressed again: as good
         self.near(toy.read(path, toy.parse_idx, toy.SHA256["mnist"][0]), arrays[0], 0)
 
@@ -344,21 +627,21 @@ class Images(Case):
         self.addCleanup(server.shutdown)
         good, gone = f"http://127.0.0.1:{server.server_port}/", f"http://127.0.0.1:{server.server_port}/gone/"
         with mock.patch.dict(toy.MIRRORS, {"fashion-mnist": [good, gone]}), contextlib.redirect_stdout(io.StringIO()):
-            images, labels = common.load_images("fashion-mnist", self.dir)
+            images, labels = toy.load_images("fashion-mnist", self.dir)
             self.near(images, arrays[0][:, None], 0)
             self.near(labels, arrays[1], 0)
             self.assertEqual(asked[:3], [f"/{toy.FILES[0]}.gz", f"/gone/{toy.FILES[0]}.gz", f"/{toy.FILES[0]}.gz"])
             count = len(asked)
-            common.load_images("fashion-mnist", self.dir)                  # from the disk this time
+            toy.load_images("fashion-mnist", self.dir)                  # from the disk this time
             self.assertEqual(len(asked), count)
         folder = self.dir / "fashion-mnist"
         self.assertEqual(sorted(p.name for p in folder.iterdir()), sorted(f + ".gz" for f in toy.FILES[:2]))
         with mock.patch.dict(toy.MIRRORS, {"fashion-mnist": [gone + "a/", gone + "b/"]}):
-            self.refuses("/gone/b/t10k", common.load_images, "fashion-mnist", self.dir, "test")
-            self.refuses(f"put it into {folder} by hand", common.load_images, "fashion-mnist", self.dir, "test")
+            self.refuses("/gone/b/t10k", toy.load_images, "fashion-mnist", self.dir, "test")
+            self.refuses(f"put it into {folder} by hand", toy.load_images, "fashion-mnist", self.dir, "test")
         files[f"/{toy.FILES[2]}.gz"] = files[f"/{toy.FILES[0]}.gz"]  # a good file in the wrong place
         with mock.patch.dict(toy.MIRRORS, {"fashion-mnist": [good]}):
-            self.refuses("checksum", common.load_images, "fashion-mnist", self.dir, "test")
+            self.refuses("checksum", toy.load_images, "fashion-mnist", self.dir, "test")
 
     def test_cifar10_is_read_in_its_archive(self):
         rows = np.random.default_rng(0).integers(0, 10, (12, 3073)).astype(np.uint8)
@@ -371,22 +654,22 @@ class Images(Case):
                 info.size = part.size
                 tar.addfile(info, io.BytesIO(part.tobytes()))
         for split, part in (("train", rows[:10]), ("test", rows[10:])):
-            images, labels = common.load_images("cifar10", self.dir, split)
+            images, labels = toy.load_images("cifar10", self.dir, split)
             self.near(images, part[:, 1:].reshape(-1, 3, 32, 32), 0)
             self.near(labels, part[:, 0], 0)
         self.assertEqual([p.name for p in self.dir.iterdir()], ["cifar10"])    # nothing was extracted
         good = path.read_bytes()
         for bad in (good[:-40], good[:200], b"", b"not a tar"):
             path.write_bytes(bad)
-            self.refuses(str(path), common.load_images, "cifar10", self.dir)
+            self.refuses(str(path), toy.load_images, "cifar10", self.dir)
         path.unlink()
         (self.dir / "mirror").mkdir()
         (self.dir / "mirror" / path.name).write_bytes(good)                # readable, but not what was published
         with mock.patch.dict(toy.MIRRORS, {"cifar10": [(self.dir / "mirror").as_uri() + "/"]}):
-            self.refuses("wrong checksum", common.load_images, "cifar10", self.dir)
+            self.refuses("wrong checksum", toy.load_images, "cifar10", self.dir)
             with mock.patch.dict(toy.MD5, {path.name: hashlib.md5(good).hexdigest()}), \
                     contextlib.redirect_stdout(io.StringIO()):
-                self.assertEqual(len(common.load_images("cifar10", self.dir)[0]), 10)
+                self.assertEqual(len(toy.load_images("cifar10", self.dir)[0]), 10)
 
     def test_folder_of_pictures(self):
         folder = self.dir / "pictures"
@@ -398,7 +681,7 @@ class Images(Case):
         Image.fromarray(ramp.astype(np.uint16) * 256).save(folder / "c.png")
         grey.convert("LA").save(folder / "deep" / "d.png")
         (folder / "notes.txt").write_text("not a picture")
-        images, labels = common.load_images(str(folder))
+        images, labels = toy.load_images(str(folder))
         self.assertEqual((images.shape, labels), ((4, 1, 8, 8), None))
         for k in (0, 2, 3):
             self.near(images[k, 0], ramp, 0)                               # 16 bits too
@@ -406,7 +689,7 @@ class Images(Case):
         clear.save(folder / "e.png")
         grey.convert("P").save(folder / "f.gif")
         Image.new("CMYK", (8, 8)).save(folder / "g.jpg")
-        images, _ = common.load_images(str(folder))
+        images, _ = toy.load_images(str(folder))
         self.assertEqual(images.shape, (7, 3, 8, 8))
         self.near(images[0], np.stack([ramp] * 3), 0)
         self.near(images[4, :, 0, :8], 255, 0)                             # transparent is white
@@ -414,23 +697,23 @@ class Images(Case):
         wide = np.zeros((10, 30, 3), np.uint8)
         wide[:, 10:20] = 200
         Image.fromarray(wide).save(folder / "h.png")
-        self.refuses("--size", common.load_images, str(folder))
-        images, _ = common.load_images(str(folder), size=4)
+        self.refuses("--size", toy.load_images, str(folder))
+        images, _ = toy.load_images(str(folder), size=4)
         self.assertEqual(images.shape, (8, 3, 4, 4))
         self.near(images[7], 200, 15)                                      # the centre only
         (folder / "i.png").write_bytes((folder / "a.png").read_bytes()[:50])
-        self.refuses("i.png", common.load_images, str(folder), size=4)
-        self.refuses("is neither", common.load_images, str(folder / "nowhere"))
+        self.refuses("i.png", toy.load_images, str(folder), size=4)
+        self.refuses("is neither", toy.load_images, str(folder / "nowhere"))
         (self.dir / "empty").mkdir()
-        self.refuses("no picture", common.load_images, str(self.dir / "empty"))
-        self.refuses("--size", common.load_images, "mnist", size=8)
+        self.refuses("no picture", toy.load_images, str(self.dir / "empty"))
+        self.refuses("--size", toy.load_images, "mnist", size=8)
 
     def test_digits_are_drawn_the_same_everywhere(self):
         with contextlib.redirect_stdout(io.StringIO()):
-            images, labels = common.load_images("digits", self.dir, "test")
-            again, _ = common.load_images("digits", self.dir, "test")      # from the files
+            images, labels = toy.load_images("digits", self.dir, "test")
+            again, _ = toy.load_images("digits", self.dir, "test")      # from the files
             with mock.patch.object(os, "cpu_count", lambda: 1):            # and by one thread
-                other, _ = common.load_images("digits", self.dir / "other", "test")
+                other, _ = toy.load_images("digits", self.dir / "other", "test")
         self.assertEqual((images.shape, images.dtype, labels.shape), ((10_000, 1, 28, 28), torch.uint8, (10_000,)))
         self.assertTrue(torch.equal(images, again) and torch.equal(images, other))
         if PIL.__version__ == "13.0.0":
@@ -507,7 +790,8 @@ class Runs(Case):
         flags, out = self.tiny(), self.dir / "run"
         code, text, err = self.command(ncsn, *flags, "--out", out, "--classes", "--npz", "--T", *[2] * 9, 3)
         self.assertEqual((code, err), (0, ""))
-        self.assertEqual(text.count(" 0.1 x1.053"), 10)                                # r and inflation of every level
+        self.assertIn("r = a / sigma^2 = 0.1 on all 10 levels from 1 to 0.01", text)
+        self.assertIn(" 1.053 times", text)
         self.assertEqual(sorted(p.name for p in out.iterdir()), ["ckpt.pt", "log.csv", "loss.png", "process.gif",
                          "process.png", "samples.npz", "samples.png"])
         for name in ("loss.png", "process.png", "samples.png"):
@@ -545,14 +829,18 @@ class Runs(Case):
 
     def test_training_gets_labels_and_power(self):
         seen, real = [], ncsn.loss
-        def spy(net, x, sigma, label, power):
-            seen.append((label is not None, power, sigma.tolist()))
-            return real(net, x, sigma, label, power)
+        def spy(net, x, sigma, label, power, objective):
+            seen.append((label is not None, power, sigma.tolist(), objective))
+            return real(net, x, sigma, label, power, objective=objective)
         with mock.patch.object(ncsn, "loss", spy):
             flags = [*self.tiny(), "--steps", 1, "--levels", 3, "--sigma-max", 4, "--sigma-min", 1]
             self.command(ncsn, *flags, "--out", self.dir / "a", "--classes", "--power", 3)
-            self.command(ncsn, *flags, "--out", self.dir / "b", "--power", 0)
-        self.assertEqual([s[:2] for s in seen], [(True, 3.0), (False, 0.0)])
+            self.command(ncsn, *flags, "--out", self.dir / "b", "--power", 0, "--objective", "ssm")
+            self.command(ncsn, *flags, "--out", self.dir / "c", "--objective", "ssm-vr", "--precision", "bf16")
+        self.assertEqual([s[:2] for s in seen], [(True, 3.0), (False, 0.0), (False, 3.0)])
+        self.assertEqual([s[3] for s in seen], ["dsm", "ssm", "ssm-vr"])
+        code, _, err = self.command(ncsn, *flags, "--out", self.dir / "d", "--objective", "ssm", "--compile")
+        self.assertEqual((code, err.count("\n")), (2, 1))
         self.near(seen[0][2], [4, 2, 1], 1e-6)
 
     def test_seed_decides_the_first_weights(self):
@@ -665,7 +953,7 @@ class Runs(Case):
         flags, out = [*self.tiny(), "--out", self.dir / "run"], self.dir / "run"
         self.command(ncsn, *flags)
         before = (out / "ckpt.pt").read_bytes()
-        for broken in (lambda *a: real(*a) * math.nan, lambda *a: real(*a) + (0 * real(*a)).sqrt()):   # value, gradient
+        for broken in (lambda *a, **k: real(*a, **k) * math.nan, lambda *a, **k: real(*a) + (0 * real(*a)).sqrt()):   # value, gradient
             real = ncsn.loss
             with mock.patch.object(ncsn, "loss", broken):
                 code, _, err = self.command(ncsn, *flags, "--resume", "--steps", 9, "--save-every", 8)

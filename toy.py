@@ -1,4 +1,5 @@
-"""Toy data: what this project draws itself, so that it needs no download and the answers are known.
+"""Data and pictures: image sets and how they are read, PNG grids, GIFs and plots, distances between two sets of points,
+and the digits that this project draws itself, so that it needs no download.
 
     python toy.py               # draws the digits set into data/digits, and a sheet of it into runs/toy/digits.png
 """
@@ -29,6 +30,24 @@ MIRRORS = {
     "cifar10": ["https://www.cs.toronto.edu/~kriz/",
                 "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"]}
 
+def load_images(name, data_dir="data", split="train", size=None):
+    """uint8 images (N, C, H, W) and int64 labels (N,) of a named set, or of a folder of pictures (labels None).
+    What is missing is drawn (digits) or downloaded. Raises UserError naming the file and the cure."""
+    if name not in (*SHA256, "cifar10"):
+        return read_folder(Path(name), size), None
+    common.require(not size, f"--size is for a folder of pictures; {name} has its own")
+    folder, files, arrays = Path(data_dir) / name, {"train": slice(0, 2), "test": slice(2, 4)}[split], []
+    if name == "cifar10":
+        rows = torch.tensor(read(folder / "cifar-10-binary.tar.gz", parse_cifar10, split))
+        return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
+    for stem, sha256 in zip(FILES[files], SHA256[name][files]):
+        names = [n + gz for n in (stem, stem.replace("-idx", ".idx")) for gz in ("", ".gz")]
+        path = next((folder / n for n in names if (folder / n).exists()), folder / names[name != "digits"])
+        if name == "digits" and not path.exists():
+            draw_digits(folder, FILES[files])
+        arrays.append(torch.tensor(read(path, parse_idx, sha256)))
+    return arrays[0][:, None], arrays[1].long()
+
 def read(path, parse, *options):
     """parse(bytes of PATH, decompressed, *options), after a download if it is missing. UserError if it is damaged."""
     if not path.exists():
@@ -43,7 +62,8 @@ def parse_idx(raw, sha256):
     """uint8 array of an IDX file."""
     zeros, kind, ndim = struct.unpack_from(">HBB", raw)
     data = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(struct.unpack_from(f">{ndim}I", raw, 4))
-    common.require((zeros, kind) == (0, 8) and sha256 in (None, hashlib.sha256(raw).hexdigest()), "wrong magic or checksum")
+    common.require((zeros, kind) == (0, 8), "not an IDX file of bytes")
+    common.require(sha256 in (None, hashlib.sha256(raw).hexdigest()), "wrong checksum")
     return data
 
 def parse_cifar10(raw, split):
@@ -86,7 +106,7 @@ def read_picture(path, size=None):
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
         im = im.convert(mode)
     except (OSError, SyntaxError, ValueError, common.UserError, Image.DecompressionBombError) as e:
-        raise common.UserError(f"cannot read the picture {path} ({e}); give or keep another one") from e
+        raise common.UserError(f"cannot read the picture {path} ({e}); remove it or give another one") from e
     return ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS) if size else im
 
 def read_folder(folder, size=None):
@@ -167,7 +187,31 @@ def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
         draw.text(at, text, "#111827", large, anchor)
     save_picture(picture.resize((720, 450), Image.Resampling.LANCZOS), path)               # smooths the lines
 
-# --------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------- two sets of points
+def frechet(a, b):
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared Frechet distance of the normal distributions with
+    the means and covariances of the rows of a and of b (Heusel 2017, eq. 6)."""
+    (m, A), (n, B) = ((x.double().mean(0), x.double().T.cov().view(x.shape[1], -1)) for x in (a, b))
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()          # tr (A B)^(1/2)
+    return ((m - n).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+
+def inside(a, b, k=3):
+    """Share of the rows of b that lie no farther from some row of a than its k-th neighbour in a does: precision for
+    a real and b drawn, recall the other way round (Kynkaanniemi 2019, eqs. 1, 2)."""
+    hit = torch.zeros(len(b), dtype=torch.bool)
+    for rows in a.split(1000):
+        radius = torch.cdist(rows, a).kthvalue(k + 1).values             # one of them is the row itself
+        hit |= (torch.cdist(rows, b) <= radius[:, None]).any(0)
+    return hit.double().mean().item()
+
+def nearest(a, b):
+    """Mean distance, over the images a, to the nearest of the images b; both uint8, the distance in units of [0, 1]."""
+    a, b = a.flatten(1) / 255, b.flatten(1) / 255
+    return torch.cat([torch.cdist(rows, b).amin(1) for rows in a.split(500)]).mean().item()
+
+# ------------------------------------------------------------------------------------------------------ digits
 def draw_digits(folder, stems):
     """Draw digits, 60,000 + 10,000 of 28 x 28: Pillow's own font in six stroke widths, blurred, through a random affine
     map and a smooth elastic warp. Single IEEE operations of numpy only (no BLAS, sin or cos): every machine with the
@@ -204,7 +248,7 @@ def draw_digits(folder, stems):
     print(f"data   drew {len(a)} digits into {folder}", flush=True)
 
 def main():
-    images, _ = common.load_images("digits", "data", "train")
+    images, _ = load_images("digits", "data", "train")
     save_picture(grid(images[:200] / 255, cols=20), "runs/toy/digits.png")
     print("saved  runs/toy/digits.png")
 
