@@ -136,11 +136,11 @@ def derive(d, sigma_max, sigma_min, T, L=None):
     gamma, span = level_ratio(d), math.log(sigma_max / sigma_min)
     L = L or math.ceil(1 + span / math.log(gamma))
     actual = math.exp(span / max(1, L - 1))                                # a whole number of levels: slightly smaller
-    r, value = step_size(actual, T)
+    p, (r, value) = overlap(actual, d), step_size(actual, T)
     eps = 2 * r * sigma_min ** 2                                           # x + alpha/2 s here, x + alpha s there
     return L, eps, f"""\
 tech 2 Phi(sqrt(2d)(gamma-1) + 3 gamma) - Phi(sqrt(2d)(gamma-1) - 3 gamma) = 0.5, d = {d}: gamma = {gamma:.5f}
-       sigma_L = {sigma_min:g}, L = {L}: gamma = (sigma_1/sigma_L)^(1/(L-1)) = {actual:.5f}, {overlap(actual, d):.3f}
+       sigma_L = {sigma_min:g}, L = {L}: gamma = (sigma_1/sigma_L)^(1/(L-1)) = {actual:.5f}, overlap {p:.3f}
 tech 4 (1-r)^2T (gamma^2 - 2r/(1-(1-r)^2)) + 2r/(1-(1-r)^2) nearest to 1, T = {T}: {value:.4f} at r = {r:.4g},
        eps = r sigma_L^2 = {r * sigma_min ** 2:.3g} in x + alpha s + sqrt(2 alpha) z, which is --eps {eps:.3g} here"""
 

@@ -350,7 +350,7 @@ class Improved(Case):
         self.near(seen.call_args[0][1].std() / saved["sigma_max"], 1, 0.03)            # and a start from noise
         self.near(seen.call_args[0][3] / more, 1, 1e-6)
         code, out, err = self.command(ncsn, "--derive", "--data-dir", self.dir / "data")
-        for words in ("L = 220", "L = 232", "6.2e-06", "sigma_L^2 = 6.18e-06", "gamma = 1.03980", "0.567"):
+        for words in ("L = 220", "L = 232", "6.2e-06", "sigma_L^2 = 6.18e-06", "gamma = 1.03980", "overlap 0.567"):
             self.assertIn(words, out)
         self.assertEqual((code, err), (0, ""))
 
