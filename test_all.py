@@ -276,6 +276,10 @@ class Improved(Case):
             for block in (7, 64, 1000):
                 self.near(ncsn.largest_distance(images, block=block) / exact, 1, 1e-5)
 
+        images = torch.full((4, 1, 4, 4), 128, dtype=torch.uint8)          # the largest is not among the outermost two
+        images.view(4, 16)[[0, 1, 2, 3], [0, 1, 0, 1]] = torch.tensor([255, 255, 3, 3], dtype=torch.uint8)
+        self.near(ncsn.largest_distance(images, block=2), 252 / 255, 1e-5)
+
     def test_overlap_rule(self):
         for d in (5, 27, 784, 3072):
             self.near(ncsn.overlap(ncsn.level_ratio(d), d), 0.5, 1e-9)
