@@ -91,7 +91,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """net(x, noise, label=None): x (B, C, H, W), noise (B,) real (log sigma, t, ...), label (B,), -1 or None: no class.
     Float32 like x, 0 before training; inside bfloat16 if .bf16 is set. UserError for sizes that do not halve."""
-    def __init__(self, channels=1, width=32, mult=(1, 2, 2), patch=1, classes=0, dropout=0.0):
+    def __init__(self, channels=1, width=32, mult=(1, 2, 2), patch=1, classes=0, dropout=0.0, out=None):
         super().__init__()
         self.patch, self.levels, self.classes, self.bf16 = patch, len(mult), classes, False
         require(width % 8 == 0, f"--width {width} is not a multiple of 8, the groups of the normalisation")
@@ -108,7 +108,7 @@ class UNet(nn.Module):
         zero(self.attention.out_proj)
         self.side = nn.ModuleList([nn.Conv2d(c, c := width * m, 1) for m in mult[::-1]])
         self.up = nn.ModuleList([Block(width * m, width * m, c_emb, dropout) for m in mult[::-1]])
-        self.norm, self.conv_out = nn.GroupNorm(8, c), zero(nn.Conv2d(c, channels * patch ** 2, 3, padding=1))
+        self.norm, self.conv_out = nn.GroupNorm(8, c), zero(nn.Conv2d(c, (out or channels) * patch ** 2, 3, padding=1))
 
     def forward(self, x, noise, label=None):
         (H, W), factor = x.shape[-2:], self.patch * 2 ** (self.levels - 1)
@@ -165,11 +165,12 @@ def arguments(doc):
     return p
 
 HERE = {"out", "data_dir", "resume", "sample_only", "overwrite", "device", "npz", "evaluate"}   # not of a checkpoint
-FIXED = {"dataset", "size", "width", "patch", "dropout", "classes", "improved"}         # not changed after the start
+FIXED = {"dataset", "size", "width", "patch", "dropout", "classes"}                     # not changed after the start
 
-def settings(parser, script, may_be_0=(), not_kept=()):
-    """(args, ckpt): the command line, with --resume and --sample-only over the settings saved in OUT/ckpt.pt. Joins
-    the processes of torchrun. Raises UserError for a folder that holds a run, or a checkpoint that does not fit."""
+def settings(parser, script, may_be_0=(), not_kept=(), fixed=()):
+    """(args, ckpt): the command line, with --resume and --sample-only over the settings saved in OUT/ckpt.pt (FIXED and
+    fixed may not change; --sample-only does not take not_kept from there). Joins the processes of torchrun. Raises
+    UserError for a folder that holds a run, or a checkpoint that does not fit."""
     args, ckpt = parser.parse_args(), None
     args.out = out = args.out or f"runs/{script}-{Path(args.dataset).name}"
     if args.resume or args.sample_only:
@@ -177,7 +178,7 @@ def settings(parser, script, may_be_0=(), not_kept=()):
         saved = {k: v for k, v in ckpt["args"].items() if k not in HERE.union(not_kept if args.sample_only else ())}
         parser.set_defaults(**saved, out=out)
         args = parser.parse_args()
-        for k in FIXED & saved.keys():
+        for k in FIXED.union(fixed) & saved.keys():
             require(getattr(args, k) == saved[k], f"--{k} is {saved[k]} in {out}/ckpt.pt: drop it, or change --out")
     else:
         require(args.overwrite or not any((Path(out) / f).exists() for f in ("ckpt.pt", "log.csv")),
@@ -276,7 +277,8 @@ class Run:
         args, f = self.args, min(1, (self.n + 1) / self.args.steps)
         loss.backward()
         for old in self.out.glob("*.*") if self.n == self.rank == 0 else ():      # --overwrite, as a step can be made
-            mine = ("samples", "process.", "log.csv", "loss.png", "ckpt.pt", "quality.csv")
+            mine = ("samples", "process.", "log.csv", "loss.png", "ckpt.pt", "quality.csv", "gamma.pt", "bound.csv",
+                    "entropy.", "rate-distortion.", "steps.png", "guidance.png", "interpolate.png")
             old.unlink() if old.name.startswith(mine) else None
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), 1.0)
         self.opt.param_groups[0]["lr"] = args.lr * min(1, 20 * f) * (1 + math.cos(math.pi * f)) / 2

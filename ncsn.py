@@ -203,7 +203,7 @@ def main():
                 print(derive(d, sigma_1, 0.01, T, levels)[2])
         return
     args, ckpt = common.settings(p, "ncsn", may_be_0=("label", "n_classes", "power"),
-                                 not_kept=("label", "no_denoise", "start"))
+                                 not_kept=("label", "no_denoise", "start"), fixed=("improved",))
     args.steps = args.steps or (4000 if args.dataset == "digits" else 12000)
     args.T = args.T or ([5] if args.improved else [10])
     start = args.start or ("noise" if args.improved else "uniform")

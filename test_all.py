@@ -15,6 +15,7 @@ from PIL import Image
 import common
 import toy
 import ncsn
+import ddpm
 
 HERE = Path(__file__).resolve().parent
 M, S = 2.0, 0.5
@@ -373,6 +374,332 @@ class Improved(Case):
         code, _, err = self.command(ncsn, "--out", self.dir / "run", "--sample-only", "--start", self.dir / "b.png")
         self.assertEqual((code, err.count("\n")), (2, 1))
 
+class Diffusion(Case):
+    """ddpm.py, with the exact eps of data N(m, s^2) where the network belongs."""
+    abar = ddpm.schedule("linear", 1000)
+    steps = list(range(1001))
+
+    def exact(self, m=M, s=S, abar=None):
+        abar = self.abar if abar is None else abar
+        def net(x, t, label=None):                                         # E[eps | x_t]
+            a = abar.to(x.device)[t].float().view(-1, 1, 1, 1)
+            return (1 - a).sqrt() * (x - a.sqrt() * m) / (a * s ** 2 + 1 - a)
+        return net
+
+    def gamma(self, s=S, abar=None):
+        abar = self.abar if abar is None else abar
+        return (1 - abar) / (abar * s ** 2 + 1 - abar)                     # E eps_theta^2 of the exact predictor
+
+    def test_schedules_are_the_papers_formulas(self):
+        for T in (100, 1000, 4000):
+            beta = [(1e-4 + (t - 1) / (T - 1) * 0.0199) * 1000 / T for t in range(1, T + 1)]
+            abar = ddpm.schedule("linear", T)
+            for t in (1, T // 2, T):
+                self.near(abar[t], math.prod(1 - b for b in beta[:t]), 1e-10)
+                self.near(1 - abar[t] / abar[t - 1], beta[t - 1], 1e-10)
+            f = lambda t: math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            abar = ddpm.schedule("cosine", T)
+            for t in (1, T // 2, T - 1):
+                self.near(abar[t], f(t) / f(0), 1e-10)
+            self.near(1 - abar[T] / abar[T - 1], 0.999, 1e-10)             # 1 by the formula, clipped
+            self.assertEqual((len(abar), abar[0], abar.dtype), (T + 1, 1, torch.float64))
+        self.refuses("--T 20 is too few", ddpm.schedule, "linear", 20)
+
+    def test_loss_at_the_exact_prediction_is_its_closed_form(self):
+        a = self.abar[1:]
+        v = a * S ** 2 + 1 - a                                             # variance of x_t
+        exact = {"eps": a * S ** 2 / v, "x0": S ** 2 * (1 - a) / v, "v": S ** 2 / v}           # of each given x_t
+        seen = []
+        def net(x, t, label):
+            seen.append(t)
+            a, s = ddpm.kernel(self.abar, t)
+            eps = self.exact()(x, t)
+            x0 = (x - s * eps) / a
+            return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[predict]
+        for predict in exact:
+            self.near(ddpm.loss(net, data(100_000), self.abar, predict=predict) / exact[predict].mean(), 1, 0.02)
+        t, counts = torch.cat(seen).unique(return_counts=True)
+        self.assertEqual(t.tolist(), self.steps[1:])                       # 1 ... T, both ends as often as any
+        self.near(counts / 300, 1, 0.3)
+        self.near(ddpm.loss(lambda x, t, label: 0 * x, data(50_000), self.abar), 1, 0.02)      # E eps^2
+        self.assertLess(ddpm.loss(self.exact(s=0), torch.full((5000, 1, 1, 1), M), self.abar), 1e-6)
+
+    def test_labels_are_passed_on_and_one_in_ten_hidden(self):
+        label, history = torch.arange(20_000) % 10, torch.full((1000, 10), math.inf)
+        for call, twice in ((ddpm.loss, False), (ddpm.hybrid_loss, True), (ddpm.vlb_loss, True)):
+            seen, extra = [], [history] if call is ddpm.vlb_loss else []
+            call(lambda x, t, label: seen.append(label) or (torch.cat([x, x], 1) if twice else x), data(20_000), self.abar,
+                 *extra, label)
+            self.near((seen[0] == -1).float().mean(), 0.1, 0.01)
+            self.assertTrue(((seen[0] == label) | (seen[0] == -1)).all())
+
+    def samplers(self, net, x, N, s=S):
+        """{name: (drawn from x, whether noise is added)} of all samplers, with N steps."""
+        tau, g = ddpm.subsequence(1000, N), self.gamma(s)
+        return {**{kind: ddpm.ancestral(net, x, self.abar, tau, kind, g) for kind in ("beta", "beta-tilde", "analytic")},
+                **{eta: ddpm.ddim(net, x, self.abar, tau[::-1], eta) for eta in (0.0, 0.5, 1.0)}}
+
+    def moments(self, name, N):
+        """Mean and variance that a sampler reaches on N(M, S^2) from N(0, 1): each step is linear in x."""
+        mean, var, tau = 0.0, 1.0, ddpm.subsequence(1000, N)
+        for t, s in zip(tau[:0:-1], tau[-2::-1]):
+            a, b = self.abar[t].item(), self.abar[s].item()
+            v, beta = a * S ** 2 + 1 - a, 1 - a / b
+            tilde = beta * (1 - b) / (1 - a)
+            if isinstance(name, str):                                      # posterior mean of E[x_0 | x_t]
+                k = math.sqrt(b) * beta / (1 - a) * math.sqrt(a) * S ** 2 / v + math.sqrt(a / b) * (1 - b) / (1 - a)
+                noise = {"beta": beta, "beta-tilde": tilde, "analytic": beta * (b * S ** 2 + 1 - b) / v}[name]
+            else:
+                noise = name ** 2 * tilde
+                k = math.sqrt(a * b) * S ** 2 / v + math.sqrt(max(0, 1 - b - noise)) * math.sqrt(1 - a) / v
+            mean = math.sqrt(b) * M + k * (mean - math.sqrt(a) * M)
+            var = k ** 2 * var + noise * (s > 0)
+        return mean, var
+
+    def test_samplers_reach_mean_and_variance(self):
+        x = torch.randn(20_000, 1, 1, 1)
+        drawn = ddpm.sample(self.exact(), x, self.abar)
+        self.near(drawn.mean(), M, 0.015)
+        self.near(drawn.var() / S ** 2, 1, 0.04)
+        for N in (1000, 20):
+            for name, drawn in self.samplers(self.exact(), x, N).items():
+                mean, var = self.moments(name, N)
+                self.near(drawn.mean(), mean, 0.015)
+                self.near(drawn.var() / var, 1, 0.035)
+                if N == 1000:                                              # and all reach the data's own
+                    self.near([mean / M, var / S ** 2], 1, 0.025)
+        mean, var = self.moments("analytic", 10)                           # the optimal variance: ten steps already do
+        drawn = ddpm.ancestral(self.exact(), x, self.abar, ddpm.subsequence(1000, 10), "analytic", self.gamma())
+        self.near([mean / M, var / S ** 2, drawn.mean() / M], 1, 0.01)
+        self.near(drawn.var() / S ** 2, 1, 0.03)
+
+    def test_point_mass(self):
+        x, net = torch.randn(1000, 1, 1, 1), self.exact(s=0)
+        self.near(ddpm.sample(net, x, self.abar), M, 1e-4)                 # no noise in the last step
+        for N in (1000, 10, 1):
+            for drawn in self.samplers(net, x, N, 0).values():
+                self.near(drawn, M, 1e-4)
+
+    def test_sample_is_the_ancestral_sampler_on_all_steps(self):
+        x, drawn = torch.randn(50, 1, 2, 2), []
+        for draw in (lambda: ddpm.sample(self.exact(), x, self.abar),
+                     lambda: ddpm.ancestral(self.exact(), x, self.abar, self.steps, "beta"),
+                     lambda: ddpm.ancestral(lambda x, t: torch.cat([self.exact()(x, t), torch.ones_like(x)], 1), x,
+                                            self.abar, self.steps, "learned")):        # v = 1: beta
+            torch.manual_seed(1)
+            drawn.append(draw())
+        self.near(drawn[1], drawn[0], 1e-4)
+        self.near(drawn[2], drawn[0], 1e-4)
+
+    def test_subsequence_holds_the_last_trained_step(self):
+        for T, S in ((1000, 10), (1000, 7), (1000, 1000), (50, 49), (30, 1)):
+            tau = ddpm.subsequence(T, S)
+            self.assertEqual((len(tau), tau[0], tau[-1]), (S + 1, 0, T))
+            self.assertEqual(tau, sorted(set(tau)))
+            gaps = np.diff(tau[1:])
+            self.assertTrue(S == 1 or tau[1] == 1 and gaps.max() - gaps.min() <= 1)
+        self.refuses("--sample-steps 31", ddpm.subsequence, 30, 31)
+
+    def test_posterior_is_bayes_rule(self):
+        for t, s in ((2, 1), (500, 499), (1000, 999), (1000, 300)):
+            a_t, a_s, x0, x_t = self.abar[t], self.abar[s], torch.randn(7).double(), torch.randn(7).double()
+            alpha = a_t / a_s
+            precision = 1 / (1 - a_s) + alpha / (1 - alpha)                # of q(x_s | x_0) and of q(x_t | x_s)
+            mean = (a_s.sqrt() * x0 / (1 - a_s) + alpha.sqrt() * x_t / (1 - alpha)) / precision
+            self.near(ddpm.posterior(x0, x_t, a_t, a_s)[0], mean, 1e-10)
+            self.near(ddpm.posterior(x0, x_t, a_t, a_s)[1], 1 / precision, 1e-12)
+
+    def test_reverse_variances(self):
+        for t, s in ((2, 1), (500, 400), (1000, 999)):
+            a, b = self.abar[t], self.abar[s]
+            beta, tilde = 1 - a / b, (1 - a / b) * (1 - b) / (1 - a)
+            v = torch.tensor([-1, 0, 1]).double()
+            self.near(ddpm.reverse_variance("learned", a, b, v) / torch.stack([tilde, (tilde * beta).sqrt(), beta]), 1, 1e-9)
+            optimum = beta * (b * S ** 2 + 1 - b) / (a * S ** 2 + 1 - a)   # of Gaussian data: variance of x_s given x_t
+            self.near(ddpm.reverse_variance("analytic", a, b, gamma=self.gamma()[t]) / optimum, 1, 1e-9)
+            for gamma, cov in ((1.5, 0), (-1e9, 1)):                       # never below beta~, nor above data of [-1, 1]
+                self.near(ddpm.reverse_variance("analytic", a, b, gamma=torch.tensor(gamma)),
+                          tilde + b * (beta / (1 - a)) ** 2 * cov, 1e-12)
+        self.assertEqual(ddpm.reverse_variance("beta-tilde", self.abar[1], self.abar[0], floor=1e-5), 1e-5)
+
+    def test_second_moment(self):
+        images = ((0.2 + 0.1 * torch.randn(2000, 1, 4, 4)) * 127.5 + 127.5).round().byte()
+        abar = ddpm.schedule("cosine", 40)
+        g = ddpm.second_moment(self.exact(0.2, 0.1, abar), images, abar, n=1000)
+        self.assertEqual(len(g), 41)
+        self.near(g[1:] / self.gamma(0.1, abar)[1:], 1, 0.06)
+
+    def test_log_decoder_is_a_distribution(self):
+        values = (torch.arange(256) / 127.5 - 1).double()
+        for mean, sigma in ((0.0, 0.01), (0.3, 0.2), (-1.02, 0.001), (1.0, 0.05)):
+            log_p = ddpm.log_decoder(values, torch.tensor(mean).double(), torch.tensor(sigma).double())
+            self.near(log_p.exp().sum(), 1, 1e-9)
+            inner = torch.distributions.Normal(mean, sigma)
+            exact = inner.cdf(values[1:-1] + 1 / 255) - inner.cdf(values[1:-1] - 1 / 255)
+            self.near(log_p[1:-1].exp(), exact, 1e-6)
+        mean = torch.tensor([3.0, -3.0, 0.0], requires_grad=True)          # far off: large, but finite
+        l = ddpm.log_decoder(torch.tensor([-1.0, 1.0, 0.5]), mean, torch.tensor(0.01))
+        l.sum().backward()
+        self.assertTrue(l.isfinite().all() and mean.grad.isfinite().all() and l.max() < -1000)
+
+    def test_bound_is_the_likelihood_of_gaussian_data(self):
+        m, s = 0.2, 0.1
+        images = ((m + s * torch.randn(2000, 1, 4, 4)) * 127.5 + 127.5).round().clamp(0, 255).byte()
+        grid = (torch.arange(256) / 127.5 - 1).double()
+        p = ddpm.log_decoder(grid, torch.tensor(m).double(), torch.tensor(s).double()).exp()
+        exact, bounds = -(p * p.clamp(min=1e-300).log2()).sum().item(), []                     # bits of one pixel
+        for T in (25, 100, 1000):
+            abar = ddpm.schedule("linear", T)
+            for kind in ("beta", "beta-tilde", "analytic"):
+                L_T, rows = ddpm.evaluate_bound(self.exact(m, s, abar), images, abar, 300, variance=kind,
+                                                gamma=self.gamma(s, abar))
+                bounds.append((kind, L_T + rows[:, 0].sum().item()))
+                error = (rows[:, 1].sum() / 300).sqrt().item()
+                self.assertGreater(bounds[-1][1], exact - 4 * error)       # a bound from above
+                self.assertLess(error, 0.02)
+            a = abar[-1].item()
+            self.near(L_T, (a * (m ** 2 + s ** 2) - a - math.log(1 - a)) / 2 / math.log(2), 1e-8 + 0.02 * a)
+            self.near(rows[:, 2] / (s ** 2 * (1 - abar) / (abar * s ** 2 + 1 - abar))[1:], 1, 0.15)
+            self.near(rows[:, 3], ddpm.entropy_bounds(abar)[1] + 0.5 * (
+                (abar * s ** 2 + 1 - abar)[:-1] / (abar * s ** 2 + 1 - abar)[1:]).log(), 1e-6)  # analytic: H(x_t-1 | x_t)
+        kinds = dict.fromkeys(k for k, _ in bounds)
+        beta, _, analytic = ([b for k, b in bounds if k == kind] for kind in kinds)
+        self.assertTrue(beta[0] > beta[1] + 0.1 and beta[1] > beta[2] + 0.1)                   # falls towards it
+        self.near([beta[-1] / exact, analytic[-1] / exact], 1, 0.01)
+
+    def test_entropy_of_gaussian_data_is_between_its_bounds(self):
+        for name in ("linear", "cosine"):
+            abar = ddpm.schedule(name, 1000)
+            low, high = ddpm.entropy_bounds(abar)
+            v, beta = abar * S ** 2 + 1 - abar, 1 - abar[1:] / abar[:-1]
+            true = 0.5 * (2 * math.pi * math.e * beta * v[:-1] / v[1:]).log()                  # of x_{t-1} given x_t
+            self.assertTrue((low < true).all() and (true < high).all())
+            self.near(high, 0.5 * (2 * math.pi * math.e * beta).log(), 1e-9)
+            tilde = beta * (1 - abar[:-1]) / (1 - abar[1:])
+            self.near(low[1:], 0.5 * (2 * math.pi * math.e * tilde[1:]).log(), 1e-9)
+            self.assertEqual(low[0], -math.inf)                            # x_0 is known from x_1 and x_0
+
+    def test_hybrid_trains_the_mean_by_one_part_and_the_variance_by_the_other(self):
+        x0 = (0.2 + 0.1 * torch.randn(64, 1, 4, 4)).clamp(-1, 1)
+        def parts(lam):
+            torch.manual_seed(0)
+            scale, v = torch.tensor(1.1, requires_grad=True), torch.tensor(0.3, requires_grad=True)
+            net = lambda x, t, label: torch.cat([scale * self.exact(0.2, 0.1)(x, t), v.expand_as(x)], dim=1)
+            l = ddpm.hybrid_loss(net, x0, self.abar, lam=lam)
+            l.backward()
+            return l.item(), scale.grad.item(), v.grad.item()
+        simple, grad_simple, none = parts(0.0)
+        both, grad, grad_v = parts(0.001)
+        self.assertEqual(none, 0)
+        self.near(grad, grad_simple, 1e-7)                                 # the bound does not move the mean
+        self.assertNotEqual(grad_v, 0)
+        torch.manual_seed(0)
+        t, eps = torch.randint(1, 1001, (64,)), torch.randn_like(x0)
+        a, s = ddpm.kernel(self.abar, t)
+        out = torch.cat([1.1 * self.exact(0.2, 0.1)(a * x0 + s * eps, t), torch.full_like(x0, 0.3)], dim=1)
+        l = ddpm.bound_term(out, x0, a * x0 + s * eps, t, self.abar, variance="learned")[0].mean()
+        self.near(both - simple, 0.001 * 1000 * l, 1e-5)
+        self.near(simple, (eps - out[:, :1]).square().mean(), 1e-6)
+
+    def test_importance_sampling_leaves_the_loss_unbiased(self):
+        abar, seen = ddpm.schedule("cosine", 30), []
+        x0 = (0.2 + 0.1 * torch.randn(40_000, 1, 1, 1)).clamp(-1, 1)
+        def net(x, t, label=None):
+            seen.append(t)
+            return torch.cat([self.exact(0.2, 0.1, abar)(x, t), torch.zeros_like(x)], dim=1)
+        terms = []                                                         # each L_t
+        for t in range(1, 31):
+            t = torch.full((40_000,), t)
+            a, s = ddpm.kernel(abar, t)
+            x_t = a * x0 + s * torch.randn_like(x0)
+            terms.append(ddpm.bound_term(net(x_t, t), x0, x_t, t, abar, variance="learned")[0].mean())
+        for history in (torch.rand(30, 10) + torch.linspace(3, 0.1, 30)[:, None], torch.full((30, 10), math.inf)):
+            seen.clear()
+            before = history.clone()
+            p = before.square().mean(1).sqrt() if before.isfinite().all() else torch.ones(30)
+            self.near(ddpm.vlb_loss(net, x0, abar, history) / sum(terms), 1, 0.03)
+            counts = seen[0].bincount(minlength=31)[1:]
+            self.near(counts / 40_000, 0.999 * p / p.sum() + 0.001 / 30, 0.006)
+            self.assertTrue(torch.equal(history[:, :9], before[:, 1:]))    # the oldest of ten leaves, the newest enters
+            self.assertTrue((history[:, 9] != before[:, 9]).all())
+        history = torch.ones(30, 10)
+        history[3, 0] = math.inf                                           # one is missing: uniform
+        seen.clear()
+        ddpm.vlb_loss(net, x0, abar, history)
+        self.near(seen[0].bincount(minlength=31)[1:] / 40_000, 1 / 30, 0.006)
+
+    def test_ddim_is_the_ode_and_its_inverse_to_first_order(self):
+        x, errors, back = data(1000), [], []
+        v = self.abar * S ** 2 + 1 - self.abar
+        exact = self.abar[-1].sqrt() * M + (v[-1] / S ** 2).sqrt() * (x - M)                   # the flow keeps quantiles
+        for N in (20, 40, 80, 160):
+            tau = ddpm.subsequence(1000, N)
+            x_T = ddpm.ddim(self.exact(), x, self.abar, tau)
+            errors.append((x_T - exact).abs().mean())
+            back.append((ddpm.ddim(self.exact(), x_T, self.abar, tau[::-1]) - x).abs().mean())
+        for e in (errors, back):
+            for coarse, fine in zip(e, e[1:]):
+                self.near(coarse / fine, 2, 0.25)                          # half the step, half the error
+        self.assertLess(back[-1], 0.02)
+
+    def test_predictor(self):
+        x, t, label = torch.randn(20, 1, 2, 2), torch.randint(300, 1000, (20,)), torch.arange(20) % 3
+        a, s = ddpm.kernel(self.abar, t)
+        eps = self.exact()(x, t)
+        x0 = (x - s * eps) / a
+        frames = []
+        for predict, out in (("eps", eps), ("x0", x0), ("v", a * eps - s * x0)):
+            net = lambda x, t, label: torch.cat([out, 7 + 0 * x], 1)
+            self.near(ddpm.predictor(net, self.abar, predict)(x, t), eps, 1e-4)
+            both = ddpm.predictor(net, self.abar, predict, learned=True)(x, t)
+            self.near(both[:, :1], eps, 1e-4)
+            self.near(both[:, 1:], 7, 0)
+            f = ddpm.predictor(net, self.abar, predict, clip=True, frames=frames, every=2)
+            clipped = [f(x, t) for _ in range(3)][0]
+            self.near((x - s * clipped) / a, x0.clamp(-1, 1), 1e-3)
+        self.assertEqual(len(frames), 6)                                   # the first and the third of three calls, each
+        self.near(frames[0][::2], x[:8], 0)
+        self.near(frames[0][1::2], x0[:8].clamp(-1, 1), 1e-4)
+        net = lambda x, t, label: label.view(-1, 1, 1, 1) * torch.ones_like(x)                 # null: -1
+        self.near(ddpm.predictor(net, self.abar, label=label, w=2.0)(x, t)[:, 0, 0, 0], 3 * label + 2, 1e-5)
+        self.near(ddpm.predictor(net, self.abar, label=label)(x, t)[:, 0, 0, 0], label, 1e-5)
+
+    def test_denoiser_is_that_of_ncsn(self):
+        ckpt = {"args": {"schedule": "linear", "T": 1000, "predict": "eps"}}
+        y = torch.randn(6, 1, 2, 2)
+        def net(x, t, label):                                              # exact between two steps too
+            table = ((1 - self.abar) / self.abar)[1:].log() / 2
+            i = t.floor().long().clamp(1, 999)
+            log_sigma = table[i - 1] + (t - i) * (table[i] - table[i - 1])
+            a = (1 / (1 + (2 * log_sigma).exp())).float().view(-1, 1, 1, 1)
+            return (1 - a).sqrt() * (x - a.sqrt() * M) / (a * S ** 2 + 1 - a)
+        D, other = ddpm.denoiser(ckpt, net), ncsn.denoiser(None, gaussian())
+        for sigma in (0.05, 1.0, torch.tensor([0.02, 0.1, 0.7, 3.0, 20.0, 100.0])):
+            self.near(D(y, sigma), other(y, sigma), 2e-3)
+        on_grid = ((1 - self.abar[300]) / self.abar[300]).sqrt().float()
+        seen = []
+        ddpm.denoiser(ckpt, lambda x, t, label: seen.append((x, t)) or x)(y, on_grid)
+        self.near(seen[0][1], 300, 1e-2)
+        self.near(seen[0][0], self.abar[300].sqrt() * y, 1e-5)
+
+    def test_annealed_langevin_draws_from_a_ddpm(self):
+        D = ddpm.denoiser({"args": {"schedule": "linear", "T": 1000, "predict": "eps"}}, lambda x, t, label: (
+            lambda a: (1 - a).sqrt() * (x - a.sqrt() * M) / (a * S ** 2 + 1 - a))(self.abar[t.round().long()].float().view(-1, 1, 1, 1)))
+        sigma = common.geometric_sigmas(4.0, 0.1, 10)
+        x = ncsn.sample(ddpm.score_network(D), torch.rand(20_000, 1, 1, 1), sigma, 0.004, [100] * 10)
+        v = S ** 2 + 0.01
+        self.near(x.mean(), M, 0.02)
+        self.near(x.var() / (S ** 4 / v / (1 - 0.002 / (2 * v))), 1, 0.04)
+
+    def test_slerp(self):
+        a, b = torch.randn(2, 1, 28, 28)
+        self.near(ddpm.slerp(a, b, torch.tensor(0.0)), a, 1e-5)
+        self.near(ddpm.slerp(a, b, torch.tensor(1.0)), b, 1e-5)
+        b = b * a.norm() / b.norm()
+        middle = ddpm.slerp(a, b, torch.tensor(0.5))
+        self.near(middle.norm() / a.norm(), 1, 1e-4)                       # on the sphere, half way
+        self.near((middle - a).norm(), (middle - b).norm(), 1e-3)
+
 class Quality(Case):
     @classmethod
     def setUpClass(cls):
@@ -571,6 +898,17 @@ class Network(Case):
         out = ncsn.sample(net, x, sigma, 2e-5, [2] * 4, label, frames=[])
         self.assertEqual((out.shape, out.device.type), (x.shape, "meta"))
         self.assertEqual(ncsn.denoiser(None, net)(x, 0.1).device.type, "meta")
+        abar = ddpm.schedule("linear", 30)
+        table, two = abar.to("meta"), common.UNet(1, 8, classes=3, out=2).to("meta")
+        ddpm.loss(net, x, table, label).backward()
+        ddpm.hybrid_loss(two, x, table, label).backward()
+        ddpm.vlb_loss(two, x, table, torch.zeros(30, 10, device="meta"), label).backward()
+        f = ddpm.predictor(net, table, label=label, w=1.0, clip=True, frames=[])
+        g = ddpm.predictor(two, table, label=label, learned=True)
+        for out in (ddpm.sample(f, x, abar), ddpm.ddim(f, x, abar, [30, 3, 0], 1.0), ddpm.ancestral(g, x, abar, [0, 3, 30], "learned")):
+            self.assertEqual((out.shape, out.device.type), (x.shape, "meta"))
+        D = ddpm.denoiser({"args": {"schedule": "linear", "T": 30, "predict": "v"}}, net, "meta")
+        self.assertEqual(D(x, 0.1).device.type, "meta")
 
 class Images(Case):
     def idx(self, name="mnist", n=3):
@@ -1006,6 +1344,130 @@ class Runs(Case):
             self.assertEqual((code, err.count("\n")), (2, 1), flags)
             self.assertIn(str(flags[0]), err)
             self.assertFalse((self.dir / "run").exists())
+
+class DiffusionRuns(Runs):
+    """ddpm.py from its command line, on tiny images."""
+    def flags(self):
+        return [*self.tiny()[:10], "--T", 30]
+
+    def test_all_objectives_train_and_all_samplers_draw(self):
+        for objective, predict in (("simple", "v"), ("hybrid", "eps"), ("vlb", "x0")):
+            out = self.dir / objective
+            code, text, err = self.command(ddpm, *self.flags(), "--objective", objective, "--predict", predict, "--classes",
+                                           "--out", out, "--schedule", "cosine", "--npz")
+            self.assertEqual((code, err), (0, ""))
+            self.assertEqual(sorted(p.name for p in out.iterdir()), ["ckpt.pt", "log.csv", "loss.png", "process.gif",
+                             "process.png", "samples.npz", "samples.png"])
+            with Image.open(out / "process.gif") as gif:
+                self.assertEqual(gif.n_frames, 31)                         # x_t and x_0 at every step, and the end
+            before = (out / "samples.png").read_bytes()
+            self.command(ddpm, "--sample-only", "--out", out)
+            self.assertEqual(before, (out / "samples.png").read_bytes())   # same settings, same noise
+            calls, only = [], ["--sample-only", "--out", out]
+            names = ("sample", "ancestral", "ddim")
+            spies = [mock.patch.object(ddpm, n, lambda *a, n=n, real=getattr(ddpm, n): calls.append((n, *a[3:])) or real(*a))
+                     for n in names]
+            with contextlib.ExitStack() as stack:
+                [stack.enter_context(s) for s in spies]
+                for extra in ([], ["--variance", "beta"], ["--variance", "beta-tilde"], ["--sample-steps", 5, "--label", 3],
+                              ["--sampler", "ddim", "--eta", 0.5, "--sample-steps", 5, "--guidance", 2],
+                              ["--sampler", "langevin"]):
+                    self.assertEqual(self.command(ddpm, *only, *extra)[0], 0, extra)
+            five, every = [0, 1, 8, 16, 23, 30], list(range(31))
+            kind = "beta" if objective == "simple" else "learned"
+            self.assertEqual(calls, [("sample",) if kind == "beta" else ("ancestral", every, "learned", None), ("sample",),
+                                     ("ancestral", every, "beta-tilde", None), ("ancestral", five, kind, None),
+                                     ("ddim", five[::-1], 0.5)])
+
+    def test_labels_guidance_clip_and_temperature_reach_the_network(self):
+        out = self.dir / "run"
+        self.command(ddpm, *self.flags(), "--classes", "--out", out)
+        seen, real = [], ddpm.predictor
+        def spy(net, abar, predict, label, w, clip, *rest):
+            seen.append((label.tolist(), w, clip))
+            f = real(net, abar, predict, label, w, clip, *rest)
+            return lambda x, t: seen.append(x.std()) or f(x, t) if t[0] == 30 else f(x, t)
+        with mock.patch.object(ddpm, "predictor", spy):
+            self.command(ddpm, "--sample-only", "--out", out, "--samples", 12)
+            self.command(ddpm, "--sample-only", "--out", out, "--samples", 2, "--label", 7, "--guidance", 1.5, "--no-clip",
+                         "--temperature", 0.5)
+        self.assertEqual(seen[::2], [([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1], 0.0, True), ([7, 7], 1.5, False)])
+        self.near(seen[1], 1, 0.1)
+        self.near(seen[3], 0.5, 0.1)
+
+    def test_bound_strips_and_the_kept_second_moment(self):
+        out, data = self.dir / "run", self.tiny()[:2]
+        self.command(ddpm, *self.flags(), "--classes", "--out", out)
+        only = ["--sample-only", "--out", out, *data]
+        before = (out / "samples.png").stat().st_mtime_ns
+        code, text, err = self.command(ddpm, *only, "--evaluate-bound", 8, "--variance", "analytic")
+        self.assertEqual((code, err), (0, ""))
+        rows = list(csv.DictReader((out / "bound.csv").open()))
+        L = [float(r["bits_per_dim"]) for r in rows]
+        total = float(re.search(r"sum ([\d.]+) ", text)[1])
+        self.near(total, sum(L) + float(re.search(r"L_T ([\d.e-]+)", text)[1]), 1e-3)
+        self.near(L[0], float(re.search(r"L_0 ([\d.]+)", text)[1]), 1e-3)
+        self.near(sum(L[1:]), float(re.search(r"L_1..T-1 ([\d.]+)", text)[1]), 1e-3)
+        self.near(float(rows[0]["rate"]), total - L[0], 1e-3)              # from x_1 all but L_0 is known
+        self.near(float(rows[-1]["rate"]), total - sum(L), 1e-3)           # and from x_T only L_T
+        self.assertEqual([int(float(r["t"])) for r in rows], list(range(1, 31)))
+        for name in ("rate-distortion.png", "entropy.png"):
+            low, high = Image.open(out / name).convert("L").getextrema()
+            self.assertGreater(high, low + 50)
+        kept = (out / "gamma.pt").read_bytes()
+        self.command(ddpm, *only, "--variance", "analytic", "--sample-steps", 3)
+        self.assertEqual(kept, (out / "gamma.pt").read_bytes())            # not estimated again,
+        (out / "gamma.pt").write_bytes(kept[:100])
+        self.command(ddpm, *only, "--variance", "analytic", "--sample-steps", 3)
+        self.assertEqual(kept[:50], (out / "gamma.pt").read_bytes()[:50])  # unless damaged
+        self.assertGreater(len((out / "gamma.pt").read_bytes()), 500)
+        after = (out / "samples.png").stat().st_mtime_ns
+        for strip, shape in (("steps", (10, 6)), ("guidance", (10, 9)), ("interpolate", (11, 6))):
+            code, text, err = self.command(ddpm, *only, "--strip", strip)
+            self.assertEqual((code, err), (0, ""))
+            w, h = Image.open(out / f"{strip}.png").size
+            self.near(w / h, (2 + 10 * shape[0]) / (2 + 10 * shape[1]), 0.01)
+        self.assertEqual(after, (out / "samples.png").stat().st_mtime_ns)  # they draw nothing else
+        self.assertLess(before, after)
+        errors = [float(e) for e in re.findall(r"square error|squared error ([\d.]+)", text)]
+        self.assertEqual(len(errors), 3)                                   # 10, 20, 30 = T steps
+        self.command(ddpm, *self.flags(), "--out", out, "--overwrite", "--samples", 1)
+        self.assertFalse(any((out / n).exists() for n in ("gamma.pt", "bound.csv", "entropy.png", "steps.png")))
+
+    def test_killed_or_interrupted_and_resumed_is_never_stopped(self):
+        flags = [*self.flags(), "--objective", "vlb", "--classes", "--dropout", 0.1, "--samples", 1]
+        self.command(ddpm, *flags, "--steps", 60, "--out", self.dir / "whole")
+        real = ddpm.vlb_loss
+        def stops(*a, **k):
+            steps.append(1)
+            if len(steps) == 25:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*a, **k)
+        steps = []
+        with mock.patch.object(ddpm, "vlb_loss", stops):
+            code, text, _ = self.command(ddpm, *flags, "--steps", 60, "--out", self.dir / "parts")
+        self.assertEqual(code, 130)
+        self.assertEqual(self.command(ddpm, "--resume", "--out", self.dir / "parts", *flags[:2])[0], 0)
+        self.same(self.dir / "parts", self.dir / "whole")                  # the history of the losses too
+        history = common.load_checkpoint(self.dir / "parts" / "ckpt.pt")["raw"]["history"]
+        self.assertEqual(history.shape, (30, 10))
+        self.assertTrue((history.isfinite().sum(1) > 4).all())
+
+    def test_bad_flags_are_one_sentence(self):
+        out = self.dir / "run"
+        self.command(ddpm, *self.flags(), "--out", out)
+        for flags, words in ((["--label", 1], "--label 1"), (["--guidance", 1], "--guidance"), (["--strip", "guidance"], "--guidance"),
+                             (["--variance", "learned"], "--variance learned"), (["--sample-steps", 31], "--sample-steps 31"),
+                             (["--sampler", "ddim", "--variance", "beta"], "--variance"), (["--eta", 1], "--eta"),
+                             (["--eta", -1], "--eta"), (["--predict", "x0"], "--predict is eps"), (["--T", 40], "--T is 30"),
+                             (["--objective", "vlb"], "--objective is simple"), (["--schedule", "cosine"], "--schedule is linear")):
+            code, _, err = self.command(ddpm, "--sample-only", "--out", out, *flags)
+            self.assertEqual((code, err.count("\n")), (2, 1), flags)
+            self.assertIn(words, err)
+        code, _, err = self.command(ddpm, *self.flags(), "--out", self.dir / "new", "--T", 5)
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        code, _, err = self.command(ncsn, "--sample-only", "--out", out)
+        self.assertIn("made by ddpm.py", err)
 
 WORKER = """
 import sys; sys.path.insert(0, {here!r})
