@@ -168,8 +168,8 @@ def log_decoder(x0, mean, sigma):
 
 def bound_term(out, x0, x_t, t, abar, predict="eps", variance="beta", gamma=None):
     """(L_{t-1} in bits/dim (B,), predicted x_0, sigma_t^2): KL(q(x_{t-1} | x_t, x_0) || p_theta), eq. (5), and for
-    t = 1 the decoder L_0, eq. (13). out: net(x_t, t), of C channels, or 2C if the variance is learned; at t = 1, where beta~
-    is 0, it is taken as that of t = 2, as in the authors' code. Computed in the float type of abar."""
+    t = 1 the decoder L_0, eq. (13). out: net(x_t, t), of C channels, or 2C if the variance is learned. beta~ is 0 at
+    t = 1: it is taken as that of t = 2, as in the authors' code. Computed in the float type of abar."""
     C, view = x0.shape[1], (-1, 1, 1, 1)
     a_t, a_s = abar[t].view(view), abar[t - 1].view(view)
     floor = ((1 - abar[1]) / (1 - abar[2]) * (1 - abar[2] / abar[1]))      # beta~_2

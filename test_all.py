@@ -41,6 +41,13 @@ class Case(unittest.TestCase):
         self.assertIn(sentence, str(caught.exception))
         self.assertNotIn("\n", str(caught.exception))
 
+    def same(self, a, b):
+        """Assert that two checkpoints are equal to the last bit."""
+        (a, step_a), (b, step_b) = state(a / "ckpt.pt"), state(b / "ckpt.pt")
+        self.assertEqual((step_a, a.keys()), (step_b, b.keys()))
+        for k in a:
+            self.assertTrue(torch.equal(a[k], b[k]), k)
+
     def command(self, module, *argv):
         """(exit status, stdout, stderr) of `python MODULE.py ARGV`, run inside this process."""
         out, err, code = io.StringIO(), io.StringIO(), 0
@@ -530,7 +537,7 @@ class Diffusion(Case):
         self.near(g[1:] / self.gamma(0.1, abar)[1:], 1, 0.06)
 
     def test_log_decoder_is_a_distribution(self):
-        values = (torch.arange(256) / 127.5 - 1).double()
+        values = torch.arange(256).double() / 127.5 - 1
         for mean, sigma in ((0.0, 0.01), (0.3, 0.2), (-1.02, 0.001), (1.0, 0.05)):
             log_p = ddpm.log_decoder(values, torch.tensor(mean).double(), torch.tensor(sigma).double())
             self.near(log_p.exp().sum(), 1, 1e-9)
@@ -545,7 +552,7 @@ class Diffusion(Case):
     def test_bound_is_the_likelihood_of_gaussian_data(self):
         m, s = 0.2, 0.1
         images = ((m + s * torch.randn(2000, 1, 4, 4)) * 127.5 + 127.5).round().clamp(0, 255).byte()
-        grid = (torch.arange(256) / 127.5 - 1).double()
+        grid = torch.arange(256).double() / 127.5 - 1
         p = ddpm.log_decoder(grid, torch.tensor(m).double(), torch.tensor(s).double()).exp()
         exact, bounds = -(p * p.clamp(min=1e-300).log2()).sum().item(), []                     # bits of one pixel
         for T in (25, 100, 1000):
@@ -556,7 +563,7 @@ class Diffusion(Case):
                 bounds.append((kind, L_T + rows[:, 0].sum().item()))
                 error = (rows[:, 1].sum() / 300).sqrt().item()
                 self.assertGreater(bounds[-1][1], exact - 4 * error)       # a bound from above
-                self.assertLess(error, 0.02)
+                self.assertLess(error, 0.03)
             a = abar[-1].item()
             self.near(L_T, (a * (m ** 2 + s ** 2) - a - math.log(1 - a)) / 2 / math.log(2), 1e-8 + 0.02 * a)
             self.near(rows[:, 2] / (s ** 2 * (1 - abar) / (abar * s ** 2 + 1 - abar))[1:], 1, 0.15)
@@ -1121,13 +1128,6 @@ def state(path):
     return flat | {"recent": ckpt["recent"], "rows": torch.tensor([r[:4] for r in ckpt["rows"]])}, ckpt["step"]
 
 class Runs(Case):
-    def same(self, a, b):
-        """Assert that two checkpoints are equal to the last bit."""
-        (a, step_a), (b, step_b) = state(a / "ckpt.pt"), state(b / "ckpt.pt")
-        self.assertEqual((step_a, a.keys()), (step_b, b.keys()))
-        for k in a:
-            self.assertTrue(torch.equal(a[k], b[k]), k)
-
     def test_command_line_end_to_end(self):
         flags, out = self.tiny(), self.dir / "run"
         code, text, err = self.command(ncsn, *flags, "--out", out, "--classes", "--npz", "--T", *[2] * 9, 3)
@@ -1345,7 +1345,7 @@ class Runs(Case):
             self.assertIn(str(flags[0]), err)
             self.assertFalse((self.dir / "run").exists())
 
-class DiffusionRuns(Runs):
+class DiffusionRuns(Case):
     """ddpm.py from its command line, on tiny images."""
     def flags(self):
         return [*self.tiny()[:10], "--T", 30]
@@ -1402,7 +1402,7 @@ class DiffusionRuns(Runs):
         before = (out / "samples.png").stat().st_mtime_ns
         code, text, err = self.command(ddpm, *only, "--evaluate-bound", 8, "--variance", "analytic")
         self.assertEqual((code, err), (0, ""))
-        rows = list(csv.DictReader((out / "bound.csv").open()))
+        rows = list(csv.DictReader((out / "bound.csv").read_text().splitlines()))
         L = [float(r["bits_per_dim"]) for r in rows]
         total = float(re.search(r"sum ([\d.]+) ", text)[1])
         self.near(total, sum(L) + float(re.search(r"L_T ([\d.e-]+)", text)[1]), 1e-3)
@@ -1425,7 +1425,8 @@ class DiffusionRuns(Runs):
         for strip, shape in (("steps", (10, 6)), ("guidance", (10, 9)), ("interpolate", (11, 6))):
             code, text, err = self.command(ddpm, *only, "--strip", strip)
             self.assertEqual((code, err), (0, ""))
-            w, h = Image.open(out / f"{strip}.png").size
+            with Image.open(out / f"{strip}.png") as im:
+                w, h = im.size
             self.near(w / h, (2 + 10 * shape[0]) / (2 + 10 * shape[1]), 0.01)
         self.assertEqual(after, (out / "samples.png").stat().st_mtime_ns)  # they draw nothing else
         self.assertLess(before, after)
