@@ -18,9 +18,10 @@ Differs  mean over pixels instead of sum; a smaller U-Net; clipped gradients, a 
     python ddpm.py --dataset mnist --sample-only --sampler ddim --sample-steps 50     # 20 times as fast
     python ddpm.py --dataset mnist --sample-only --evaluate-bound 100                 # bits/dim of the test set
 """
-import contextlib, math, time
+import argparse, contextlib, itertools, math, time
 from pathlib import Path
 import torch
+import torch.distributed as dist
 import common
 import ncsn
 import toy
@@ -29,7 +30,7 @@ from common import Run, UNet, require
 def schedule(name, T):
     """abar_t for t = 0 ... T, (T + 1,) float64; abar_0 = 1 is "no noise yet". linear: section 4 of Ho et al., scaled by
     1000 / T; cosine: improved DDPM, eq. (17). UserError if T is too small for it."""
-    require(T > 20, f"--T {T} is too few: the schedule needs more than 20 steps")
+    require(T > (20 if name == "linear" else 1), f"--T {T} is too few for --schedule {name}: its beta_T is not below 1")
     beta = common.linear_betas(T, 0.1 / T, 20 / T) if name == "linear" else common.cosine_betas(T)
     return torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)])
 
@@ -83,16 +84,17 @@ def ancestral(net, x, abar, tau, variance="beta", gamma=None):
 
 @torch.no_grad()
 def ddim(net, x, abar, path, eta=0.0):
-    """DDIM, eq. (12), along a path of steps: T ... 0 draws, and 0 ... T (with eta = 0) encodes an image as its x_T."""
+    """DDIM, eq. (12), 0 <= eta <= 1, along a path of steps: T ... 0 draws; 0 ... T, with eta = 0 and a net that does
+    not clip, encodes an image as its x_T."""
     for t, s in zip(path, path[1:]):                                       # from x_t to x_s
         eps = net(x, torch.full((len(x),), max(t, 1), device=x.device))    # step 0 was not trained, 1 is nearest
         x0 = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()             # "predicted x_0"
         sigma = eta * ((1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])).sqrt() if eta else 0.0   # eq. (16)
-        x = abar[s].sqrt() * x0 + (1 - abar[s] - sigma ** 2).clamp(min=0).sqrt() * eps
+        x = abar[s].sqrt() * x0 + (1 - abar[s] - sigma ** 2).sqrt() * eps
         x = x + sigma * torch.randn_like(x) if eta else x
     return x
 
-def both(out, x_t, a, s, predict):
+def eps_and_x0(out, x_t, a, s, predict):
     """(eps, x0) from what the network returned, by x_t = a x0 + s eps and v = a eps - s x0."""
     if predict == "eps":
         return out, (x_t - s * out) / a
@@ -104,19 +106,18 @@ def predictor(net, abar, predict="eps", label=None, w=0.0, clip=False, learned=F
     """What the samplers call: f(x_t, t) -> eps, and with learned also v, in 2C channels. w: classifier-free guidance,
     (1 + w) eps(x_t, label) - w eps(x_t), its eq. (6). clip: x_0 to [-1, 1]. frames: a list that gets x_t and the x_0
     predicted from it, of 8 images in turn, at the first and then every so many calls."""
-    calls = []
+    calls = itertools.count()
     def f(x, t):
         out, (a, s), C = net(x, t, label), kernel(abar, t), x.shape[1]
         out, v = out[:, :C], out[:, C:]
         if w:
             out = (1 + w) * out - w * net(x, t, torch.full_like(label, -1))[:, :C]
-        eps, x0 = both(out, x, a, s, predict)
+        eps, x0 = eps_and_x0(out, x, a, s, predict)
         if clip:
             x0 = x0.clamp(-1, 1)
             eps = (x - a * x0) / s
-        if frames is not None and len(calls) % every == 0:
+        if frames is not None and next(calls) % every == 0:
             frames.append(torch.stack([x[:8], x0[:8]], dim=1).flatten(0, 1))
-        calls.append(1)
         return torch.cat([eps, v], dim=1) if learned else eps
     return f
 
@@ -129,7 +130,7 @@ def posterior(x0, x_t, a_t, a_s):
     return mean, (1 - a_s) / (1 - a_t) * beta
 
 def reverse_variance(kind, a_t, a_s, v=None, gamma=None, floor=0.0):
-    """sigma_t^2 of the step from t to s with abar_t and abar_s. beta and beta-tilde (at least floor): Ho, section 3.2.
+    """sigma_t^2, at least floor, of the step from t to s with abar_t and abar_s. beta, beta-tilde: Ho, section 3.2.
     learned: exp(f log beta + (1 - f) log beta~), f = (v + 1) / 2, improved DDPM, eq. (15). analytic: the optimum
     beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), with Cov = (1 - abar_t) / abar_t (1 - gamma) in
     [0, 1] for second_moment's gamma: Analytic-DPM, Theorem 1 (rearranged) with the bounds of Theorem 2."""
@@ -139,7 +140,7 @@ def reverse_variance(kind, a_t, a_s, v=None, gamma=None, floor=0.0):
         return beta
     if kind == "analytic":
         cov = ((1 - a_t) / a_t * (1 - gamma)).clamp(0, 1)
-        return beta_tilde + a_s * (beta / (1 - a_t)) ** 2 * cov
+        return (beta_tilde + a_s * (beta / (1 - a_t)) ** 2 * cov).clamp(min=floor)
     beta_tilde = beta_tilde.clamp(min=floor)
     if kind == "beta-tilde":
         return beta_tilde
@@ -149,13 +150,14 @@ def reverse_variance(kind, a_t, a_s, v=None, gamma=None, floor=0.0):
 @torch.no_grad()
 def second_moment(net, images, abar, predict="eps", n=50):
     """gamma_t = E || eps_theta(x_t, t) ||^2 / d, (T + 1,) on the CPU, from n images (uint8) a step: (1 - abar_t) times
-    the Gamma_t of Analytic-DPM, eq. (8), whose score is -eps_theta / sqrt(1 - abar_t)."""
+    the Gamma_t of Analytic-DPM, eq. (8), whose score is -eps_theta / sqrt(1 - abar_t). Labels are not given."""
     f, gamma = predictor(net, abar, predict), [torch.ones((), device=abar.device)]
     for t in range(1, len(abar)):
         x0 = images[torch.randint(len(images), (n,))].to(abar.device) / 127.5 - 1
-        a, s = kernel(abar, t := torch.full((n,), t, device=abar.device))
-        gamma.append(f(a * x0 + s * torch.randn_like(x0), t).square().mean())
-    return torch.stack(gamma).double().cpu()
+        at = torch.full((n,), t, device=abar.device)
+        a, s = kernel(abar, at)
+        gamma.append(f(a * x0 + s * torch.randn_like(x0), at).square().mean())
+    return torch.stack(gamma).cpu().double()
 
 def log_decoder(x0, mean, sigma):
     """log of N(mean, sigma^2) integrated over the bin of width 2/255 around x0; the outer bins are open, eq. (13)."""
@@ -168,12 +170,12 @@ def log_decoder(x0, mean, sigma):
 
 def bound_term(out, x0, x_t, t, abar, predict="eps", variance="beta", gamma=None):
     """(L_{t-1} in bits/dim (B,), predicted x_0, sigma_t^2): KL(q(x_{t-1} | x_t, x_0) || p_theta), eq. (5), and for
-    t = 1 the decoder L_0, eq. (13). out: net(x_t, t), of C channels, or 2C if the variance is learned. beta~ is 0 at
-    t = 1: it is taken as that of t = 2, as in the authors' code. Computed in the float type of abar."""
+    t = 1 the decoder L_0, eq. (13). out: net(x_t, t), of C channels, or 2C if the variance is learned; gamma (T + 1,).
+    beta~ is 0 at t = 1: it is taken as that of t = 2, as in the authors' code. Computed in the float type of abar."""
     C, view = x0.shape[1], (-1, 1, 1, 1)
     a_t, a_s = abar[t].view(view), abar[t - 1].view(view)
-    floor = ((1 - abar[1]) / (1 - abar[2]) * (1 - abar[2] / abar[1]))      # beta~_2
-    x0_hat = both(out[:, :C], x_t, a_t.sqrt(), (1 - a_t).sqrt(), predict)[1]
+    floor = (1 - abar[1]) / (1 - abar[2]) * (1 - abar[2] / abar[1])        # beta~_2
+    x0_hat = eps_and_x0(out[:, :C], x_t, a_t.sqrt(), (1 - a_t).sqrt(), predict)[1]
     sigma2 = reverse_variance(variance, a_t, a_s, out[:, C:], None if gamma is None else gamma[t].view(view), floor)
     mean, _ = posterior(x0_hat, x_t, a_t, a_s)
     mean_q, var_q = posterior(x0, x_t, a_t, a_s)
@@ -189,14 +191,22 @@ def hybrid_loss(net, x0, abar, label=None, p_null=0.1, predict="eps", lam=0.001)
     eps = torch.randn_like(x0)
     a, s = kernel(abar, t)
     x_t = a * x0 + s * eps
-    mean, v = net(x_t, t, hide(label, p_null)).chunk(2, dim=1)
+    out, v = net(x_t, t, hide(label, p_null)).chunk(2, dim=1)
     target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[predict]
-    l = bound_term(torch.cat([mean.detach(), v], dim=1), x0, x_t, t, abar, predict, "learned")[0]
-    return (target - mean).square().mean() + lam * (len(abar) - 1) * l.mean()
+    l = bound_term(torch.cat([out.detach(), v], dim=1), x0, x_t, t, abar, predict, "learned")[0]
+    return (target - out).square().mean() + lam * (len(abar) - 1) * l.mean()
+
+def gather(x):
+    """x (B,) of all processes of torchrun, one after the other."""
+    if not dist.is_initialized():
+        return x
+    dist.all_gather(parts := [torch.empty_like(x) for _ in range(dist.get_world_size())], x)
+    return torch.cat(parts)
 
 def vlb_loss(net, x0, abar, history, label=None, p_null=0.1, predict="eps"):
     """L_vlb = sum_t L_t = E[L_t / p_t], t ~ p_t ~ sqrt(E[L_t^2]), improved DDPM, eq. (18), in bits/dim (L_T, which has
-    no weights, left out). history (T, 10): the last ten L_t of each t, inf before; uniform p until all are there."""
+    no weights, left out). history (T, 10): the last ten L_t of each t, inf before; uniform p until all are there. Of
+    several L_t of one t in a batch one enters it."""
     p = history.square().mean(1).sqrt()
     p = torch.where(p.isfinite().all(), 0.999 * p / p.sum() + 0.001 / len(p), 1 / len(p))        # (T,), never 0
     t = p.multinomial(len(x0), replacement=True) + 1
@@ -204,7 +214,8 @@ def vlb_loss(net, x0, abar, history, label=None, p_null=0.1, predict="eps"):
     x_t = a * x0 + s * torch.randn_like(x0)
     out = net(x_t, t, hide(label, p_null))
     l = bound_term(out, x0, x_t, t, abar, predict, "learned")[0].to(p.dtype)
-    history[t - 1] = torch.cat([history[t - 1][:, 1:], l.detach()[:, None]], dim=1)
+    i, new = gather(t - 1), gather(l.detach())
+    history[i] = torch.cat([history[i][:, 1:], new[:, None]], dim=1)
     return (l / p[t - 1]).mean()
 
 def entropy_bounds(abar):
@@ -216,18 +227,25 @@ def entropy_bounds(abar):
 
 @torch.no_grad()
 def evaluate_bound(net, images, abar, N, predict="eps", variance="beta", gamma=None):
-    """(L_T, rows) of uint8 test images; rows (T, 4): L_{t-1} in bits/dim, its variance over images, mean squared error
-    of the predicted x_0, entropy of the reverse step. Each t sees N images drawn anew: the rows are independent."""
-    x0, rows = images.double() / 127.5 - 1, []
-    prior = 0.5 * (abar[-1].item() * (x0.square().mean() - 1) - math.log(1 - abar[-1].item())) / math.log(2)    # L_T
+    """(L_T in bits/dim, rows) of uint8 images; rows (T, 4): L_{t-1} in bits/dim, its variance over images, mean squared
+    error of the predicted x_0, entropy of the reverse step in nats/dim. Each t sees N >= 2 images drawn anew, without
+    labels: the rows are independent."""
+    x0, a, rows = images.double() / 127.5 - 1, abar[-1].item(), []
+    prior = (a * (x0.square().mean() - 1) - math.log(1 - a)) / 2 / math.log(2)                 # L_T, of all images
+    gamma = None if gamma is None else gamma.to(abar)
     for t in range(1, len(abar)):
-        x0 = images[torch.randint(len(images), (N,))].to(abar.device) / 127.5 - 1
-        a, s = kernel(abar, t := torch.full((N,), t, device=abar.device))
-        x_t = a * x0 + s * torch.randn_like(x0)
-        l, x0_hat, sigma2 = bound_term(net(x_t, t, None), x0, x_t, t, abar, predict, variance, gamma)
-        rows.append(torch.stack([l.mean(), l.var(), (x0_hat - x0).square().mean(),
-                                 0.5 * (2 * math.pi * math.e * sigma2).log().mean()]))
-    return prior.item(), torch.stack(rows).double().cpu()
+        parts = []
+        for x0 in images[torch.randint(len(images), (N,))].split(500):
+            x0 = x0.to(abar.device) / 127.5 - 1
+            at = torch.full((len(x0),), t, device=abar.device)
+            a, s = kernel(abar, at)
+            x_t = a * x0 + s * torch.randn_like(x0)
+            l, x0_hat, sigma2 = bound_term(net(x_t, at, None), x0, x_t, at, abar, predict, variance, gamma)
+            mse, entropy = (x0_hat - x0).square(), 0.5 * (2 * math.pi * math.e * sigma2).log()
+            parts.append(torch.stack([l, mse.flatten(1).mean(1), entropy.flatten(1).mean(1).expand_as(l)]))
+        l, mse, entropy = torch.cat(parts, dim=1)                          # (N,) each
+        rows.append(torch.stack([l.mean(), l.var(), mse.mean(), entropy.mean()]))
+    return prior.item(), torch.stack(rows).cpu().double()
 
 # --------------------------------------------------------------------------------------------- from flags to files
 def network(args):
@@ -243,7 +261,7 @@ def denoiser(ckpt, net=None, device="cpu"):
     """D(y, sigma, label=None) = E[x_0 | y = x_0 + sigma z] of a checkpoint read by load_checkpoint, images in [-1, 1],
     sigma a number or (B,): x_t = sqrt(abar_t) y with sigma^2 = (1 - abar_t) / abar_t, t a real number between two
     steps. net: instead of the checkpoint's averaged network."""
-    args = common.argparse.Namespace(**ckpt["args"])
+    args = argparse.Namespace(**ckpt["args"])
     if net is None:
         net = network(args).to(device).eval().requires_grad_(False)
         net.load_state_dict(ckpt["ema"])
@@ -256,7 +274,7 @@ def denoiser(ckpt, net=None, device="cpu"):
         t = i + ((sigma.log() - table[i - 1]) / (table[i] - table[i - 1])).clamp(0, 1)         # (B,), 1 <= t <= T
         sigma = sigma.view(-1, 1, 1, 1)
         a = 1 / (1 + sigma ** 2).sqrt()                                    # sqrt(abar_t)
-        return both(net(a * y, t, label)[:, :y.shape[1]], a * y, a, sigma * a, args.predict)[1]
+        return eps_and_x0(net(a * y, t, label)[:, :y.shape[1]], a * y, a, sigma * a, args.predict)[1]
     return D
 
 def score_network(D):
@@ -274,9 +292,11 @@ def report_bound(run, abar, variance, gamma):
     args, run.ema.bf16 = run.args, False
     torch.manual_seed(args.seed)
     images, _ = toy.load_images(args.dataset, args.data_dir, "test", args.size)
-    N, prior, rows = args.evaluate_bound, *evaluate_bound(
-        run.ema, images, abar, args.evaluate_bound, args.predict, variance, gamma)
-    (L, var, mse, entropy), (low, high) = rows.T, entropy_bounds(abar.double().cpu())
+    N = args.evaluate_bound
+    run.print(f"bound  {N} test images at each of {args.T} steps ...")
+    prior, rows = evaluate_bound(run.ema, images, abar, N, args.predict, variance, gamma)
+    require(rows.isfinite().all(), "the bound is not finite: the network is not trained, or diverged")
+    (L, var, mse, entropy), (low, high) = rows.T, entropy_bounds(abar.cpu().double())
     rate, rmse, error = prior + L.sum() - L.cumsum(0), 127.5 * mse.sqrt(), lambda v: (v.sum() / N).sqrt().item()
     with common.aside(Path(args.out) / "bound.csv") as f:                  # rate: what is known of x_0 from x_t
         f.write(b"t,bits_per_dim,standard_error,rate,rmse_of_255,entropy,lower,upper\n")
@@ -287,8 +307,8 @@ def report_bound(run, abar, variance, gamma):
     curves = {"H(x_t-1 | x_t), model": entropy, "lower bound": low, "upper bound": high}
     toy.plot(Path(args.out) / "entropy.png", {k: list(enumerate(v.tolist(), 1)) for k, v in curves.items()}, "t",
              "nats/dim", logx=True)
-    half = rmse[rate >= (prior + L.sum()) / 2][-1]                         # where half of the bits have been sent
-    run.print(f"bound  {variance}, {N} test images a step: L_T {prior:.3g}   L_1..T-1 {L[1:].sum():.4f} +- "
+    half = rmse[rate >= min(rate[0], (prior + L.sum()) / 2)][-1]           # where half of the bits have been sent
+    run.print(f"bound  {variance}: L_T {prior:.3g}   L_1..T-1 {L[1:].sum():.4f} +- "
               f"{error(var[1:]):.4f}   L_0 {L[0]:.4f} +- {error(var[:1]):.4f}   sum {prior + L.sum():.4f} +- "
               f"{error(var):.4f} bits/dim   half of the bits leave an error of {half:.2f} of 255")
 
@@ -298,7 +318,7 @@ def strip(run, abar, table, draw):
     def row(name, n, **options):
         torch.manual_seed(args.seed)
         start = time.perf_counter()
-        rows.append(draw(run.ema, n, **options))
+        rows.append(draw(run.ema, n, **options).cpu())
         run.print(f"strip  {name}   {time.perf_counter() - start:.1f} s for {n} images")
     if args.strip == "steps":
         for S in sorted({min(S, args.T) for S in (10, 20, 50, 100, args.T)}):
@@ -309,14 +329,16 @@ def strip(run, abar, table, draw):
             row(f"w = {w:g}", 3 * cols, w=w)
     else:
         images, _ = toy.load_images(args.dataset, args.data_dir, "test", args.size)
-        x0, f = images[:12].to(args.device) / 127.5 - 1, predictor(run.ema, table, args.predict)
+        require(len(images) > 1, f"--strip interpolate needs two pictures, {args.dataset} has one")
+        n, f = min(12, len(images) // 2 * 2), predictor(run.ema, table, args.predict)
+        x0 = images[:n].to(args.device) / 127.5 - 1
         for S in sorted({min(S, args.T) for S in (10, 20, 50, 100, 200)}):
             x_T = ddim(f, x0, abar, tau := subsequence(args.T, S))         # encode
             error = (ddim(f, x_T, abar, tau[::-1]) - x0).square().mean().sqrt()
             run.print(f"strip  {S} steps to encode, {S} to decode: root mean squared error {127.5 * error:.3f} of 255")
         way = [slerp(a, b, k) for a, b in zip(x_T[::2], x_T[1::2]) for k in torch.linspace(0, 1, 9)]
         way, cols = ddim(f, torch.stack(way), abar, tau[::-1]).unflatten(0, (-1, 9)), 11
-        rows.append(torch.cat([x0[::2, None], way, x0[1::2, None]], dim=1).flatten(0, 1))
+        rows.append(torch.cat([x0[::2, None], way, x0[1::2, None]], dim=1).flatten(0, 1).cpu())
     toy.save_picture(toy.grid(torch.cat(rows), run.low, cols), path := Path(args.out) / f"{args.strip}.png")
     run.print(f"saved  {path}")
 
@@ -329,7 +351,7 @@ def main():
     p.add_argument("--ema", type=float, default=0.999, help="decay of the average of the weights, after n steps at "
                    "most (1 + n) / (10 + n) (paper: 0.9999)")
     p.add_argument("--T", type=int, default=1000, help="steps of the forward process (paper: 1000)")
-    p.add_argument("--schedule", choices=["linear", "cosine"], default="linear", help="beta_1 ... beta_T (paper: "
+    p.add_argument("--schedule", choices=["linear", "cosine"], default="cosine", help="beta_1 ... beta_T (paper: "
                    "linear; improved DDPM: cosine)")
     p.add_argument("--predict", choices=["eps", "x0", "v"], default="eps", help="what the network returns (paper: eps)")
     p.add_argument("--objective", choices=["simple", "vlb", "hybrid"], default="simple", help="L_simple; the bound, "
@@ -350,22 +372,32 @@ def main():
     p.add_argument("--strip", choices=["steps", "guidance", "interpolate"], help="instead of drawing, OUT/STRIP.png: "
                    "10, 20, 50, 100, T steps of DDIM, eta 0 and 1; w = 0, 1, 3 for each label; between test images")
     args, ckpt = common.settings(p, "ddpm", may_be_0=("label", "n_classes", "eta", "guidance"), fixed=("T", "schedule",
-                                 "predict", "objective"), not_kept=("label", "evaluate_bound", "strip", "variance"))
+                                 "predict", "objective"), not_kept=("label", "evaluate_bound", "strip", "no_clip"))
     args.steps = args.steps or (4000 if args.dataset == "digits" else 12000)
     variance = args.variance or ("beta" if args.objective == "simple" else "learned")
     if not args.sample_only:
         images, labels = toy.load_images(args.dataset, args.data_dir, "train", args.size)
         require(labels is not None or not args.classes, f"--classes: the pictures in {args.dataset} have no labels")
         args.shape, args.n_classes = list(images.shape[1:]), int(labels.max()) + 1 if args.classes else 0
-    abar = schedule(args.schedule, args.T)                                 # (T + 1,) on the CPU, for the samplers,
-    table = abar.to(args.device, torch.float32 if args.device == "mps" else torch.float64)       # and beside the images
+    abar = schedule(args.schedule, args.T).to(torch.float32 if "mps" in args.device else torch.float64)    # (T + 1,)
+    table = abar.to(args.device)                                           # the samplers' is on the CPU
     tau = subsequence(args.T, args.sample_steps or args.T)
     require(args.label is None or args.label < args.n_classes,
             f"--label {args.label}: the network knows {args.n_classes} classes (train with --classes)")
     require(args.n_classes or not args.guidance and args.strip != "guidance", "--guidance: train with --classes")
-    require(variance != "learned" or args.objective != "simple", "--variance learned: train with --objective hybrid")
-    require(not args.variance or args.sampler == "ddpm" or args.evaluate_bound, "--variance is for --sampler ddpm")
-    require(args.eta == 0 or args.sampler == "ddim", "--eta is for --sampler ddim")
+    require(variance != "learned" or args.objective != "simple",
+            "--variance learned: train with --objective hybrid or vlb")
+    now = lambda flag: getattr(args, flag) != p.get_default(flag)          # given in this command, not saved
+    require(not now("variance") or args.sampler == "ddpm" or args.evaluate_bound, "--variance is for --sampler ddpm")
+    require(not now("eta") or args.sampler == "ddim" and args.eta <= 1, "--eta, 0 to 1, is for --sampler ddim")
+    require(args.sampler != "langevin" or not (now("guidance") or now("sample_steps") or args.strip == "guidance"),
+            "--sampler langevin has its own steps and no guidance: drop --sample-steps, --guidance, --strip guidance")
+    require(sum(map(bool, (args.evaluate, args.evaluate_bound, args.strip))) <= 1,
+            "--evaluate, --evaluate-bound and --strip: one at a time")
+    require(not args.evaluate_bound or args.evaluate_bound > 1 and args.dataset in (*toy.SHA256, "cifar10"),
+            f"--evaluate-bound takes 2 images or more, of a set with test images, which {args.dataset} must be")
+    require("mps" not in args.device or args.objective == "simple" and not args.evaluate_bound,
+            "--device mps lacks what the bound needs: give --device cpu")
 
     def gamma():                                                           # estimated once for a network, and kept
         path, made_of = Path(args.out) / "gamma.pt", [run.n, run.seconds]
@@ -373,15 +405,14 @@ def main():
             kept = torch.load(path, weights_only=True)
             if kept["made_of"] == made_of:
                 return kept["gamma"]
+        torch.manual_seed(args.seed)
         images, _ = toy.load_images(args.dataset, args.data_dir, "train", args.size)
-        g = second_moment(run.ema, images, table, args.predict)
-        common.save({"made_of": made_of, "gamma": g}, path)
+        common.save({"made_of": made_of, "gamma": (g := second_moment(run.ema, images, table, args.predict))}, path)
         return g
 
-    def draw(net, n, frames=None, sampler=args.sampler, tau=tau, eta=args.eta, w=args.guidance, label=None):
-        if args.n_classes and label is None:                               # labels in turn: one class a column of ten
-            label = torch.arange(n, device=args.device) % args.n_classes
-            label = label if args.label is None else torch.full_like(label, args.label)
+    def draw(net, n, frames=None, sampler=args.sampler, tau=tau, eta=args.eta, w=args.guidance):
+        label = torch.arange(n, device=args.device) % max(1, args.n_classes) if args.n_classes else None    # in turn
+        label = label if args.label is None else torch.full_like(label, args.label)
         x = args.temperature * torch.randn(n, *args.shape, device=args.device)
         if not args.sample_only and run.n < args.steps:                    # the grids drawn in training: quickly
             sampler, tau, eta = "ddim", subsequence(args.T, min(50, args.T)), 0.0
@@ -395,7 +426,7 @@ def main():
         elif variance == "beta" and len(tau) == len(abar):
             x = sample(f, x, abar)
         else:
-            x = ancestral(f, x, abar, tau, variance, gamma() if variance == "analytic" else None)
+            x = ancestral(f, x, abar, tau, variance, g)
         if frames is not None:
             frames.append(torch.stack([x[:8], x[:8]], dim=1).flatten(0, 1))
         return x
@@ -410,8 +441,9 @@ def main():
                 run.step(hybrid_loss(run.net, x0, table, label, predict=args.predict))
             else:
                 run.step(vlb_loss(run.net, x0, table, run.raw.history, label, predict=args.predict))
+    g = gamma() if run.rank == 0 and variance == "analytic" else None
     if run.rank == 0 and args.evaluate_bound:
-        report_bound(run, table, variance, gamma() if variance == "analytic" else None)
+        report_bound(run, table, variance, g)
     elif run.rank == 0 and args.strip:
         strip(run, abar, table, draw)
     elif run.rank == 0:

@@ -410,7 +410,8 @@ class Diffusion(Case):
                 self.near(abar[t], f(t) / f(0), 1e-10)
             self.near(1 - abar[T] / abar[T - 1], 0.999, 1e-10)             # 1 by the formula, clipped
             self.assertEqual((len(abar), abar[0], abar.dtype), (T + 1, 1, torch.float64))
-        self.refuses("--T 20 is too few", ddpm.schedule, "linear", 20)
+        self.refuses("--T 20 is too few for --schedule linear", ddpm.schedule, "linear", 20)
+        self.assertLess(ddpm.schedule("cosine", 2)[-1], 1e-3)
 
     def test_loss_at_the_exact_prediction_is_its_closed_form(self):
         a = self.abar[1:]
@@ -1460,19 +1461,52 @@ class DiffusionRuns(Case):
         for flags, words in ((["--label", 1], "--label 1"), (["--guidance", 1], "--guidance"), (["--strip", "guidance"], "--guidance"),
                              (["--variance", "learned"], "--variance learned"), (["--sample-steps", 31], "--sample-steps 31"),
                              (["--sampler", "ddim", "--variance", "beta"], "--variance"), (["--eta", 1], "--eta"),
-                             (["--eta", -1], "--eta"), (["--predict", "x0"], "--predict is eps"), (["--T", 40], "--T is 30"),
+                             (["--sampler", "ddim", "--eta", 1.5], "--eta"), (["--evaluate-bound", 1], "--evaluate-bound"),
+                             (["--evaluate-bound", 9, "--strip", "steps"], "one at a time"),
+                             (["--sampler", "langevin", "--sample-steps", 9], "--sampler langevin"), (["--eta", -1], "--eta"), (["--predict", "x0"], "--predict is eps"), (["--T", 40], "--T is 30"),
                              (["--objective", "vlb"], "--objective is simple"), (["--schedule", "cosine"], "--schedule is linear")):
             code, _, err = self.command(ddpm, "--sample-only", "--out", out, *flags)
             self.assertEqual((code, err.count("\n")), (2, 1), flags)
             self.assertIn(words, err)
-        code, _, err = self.command(ddpm, *self.flags(), "--out", self.dir / "new", "--T", 5)
+        code, _, err = self.command(ddpm, *self.flags(), "--out", self.dir / "new", "--T", 5, "--schedule", "linear")
         self.assertEqual((code, err.count("\n")), (2, 1))
         code, _, err = self.command(ncsn, "--sample-only", "--out", out)
         self.assertIn("made by ddpm.py", err)
 
+    def test_pictures_of_a_folder(self):
+        (self.dir / "pictures").mkdir()
+        for k in range(5):
+            Image.effect_noise((20, 16), 90).convert("RGB").save(self.dir / "pictures" / f"{k}.png")
+        out, flags = self.dir / "run", [*self.flags(), "--dataset", self.dir / "pictures"]
+        self.assertEqual(self.command(ddpm, *flags, "--objective", "hybrid", "--out", out)[0], 0)
+        code, _, err = self.command(ddpm, "--sample-only", "--out", out, "--strip", "interpolate")
+        self.assertEqual((code, err), (0, ""))
+        with Image.open(out / "interpolate.png") as im:                    # two pairs of the five
+            self.near(im.size[0] / im.size[1], (2 + 11 * 22) / (2 + 2 * 18), 0.01)
+        code, _, err = self.command(ddpm, "--sample-only", "--out", out, "--evaluate-bound", 4)
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("a set with test images", err)
+
+    def test_drawing_keeps_the_settings_of_the_run_and_takes_new_ones(self):
+        out, settings = self.dir / "run", []
+        self.command(ddpm, *self.flags(), "--sampler", "ddim", "--eta", 1, "--sample-steps", 4, "--out", out)
+        real = ddpm.ddim
+        with mock.patch.object(ddpm, "ddim", lambda net, x, abar, path, eta: settings.append((len(path), eta)) or
+                               real(net, x, abar, path, eta)):
+            self.command(ddpm, "--sample-only", "--out", out)
+            self.command(ddpm, "--sample-only", "--out", out, "--eta", 0)
+        self.assertEqual(settings, [(5, 1.0), (5, 0.0)])
+        drawn = []
+        for _ in range(2):                                                 # the second finds gamma.pt
+            code, _, err = self.command(ddpm, "--sample-only", "--out", out, *self.flags()[:2], "--sampler", "ddpm",
+                                        "--variance", "analytic")
+            self.assertEqual((code, err), (0, ""))
+            drawn.append((out / "samples.png").read_bytes())
+        self.assertEqual(*drawn)
+
 WORKER = """
 import sys; sys.path.insert(0, {here!r})
-import torch, common, ncsn
+import torch, common, {script}
 seen = []
 real = common.Run.batches
 def batches(run, *a):
@@ -1482,22 +1516,33 @@ def batches(run, *a):
         final.update(run.raw.state_dict(), **{{"ema " + k: v for k, v in run.ema.state_dict().items()}})
 final = {{}}
 common.Run.batches = batches
-common.cli(ncsn.main)
+common.cli({script}.main)
 rank = torch.distributed.get_rank()
 torch.save([final, torch.stack([x for x, _ in seen]), torch.stack([z for _, z in seen])], f"{folder}/rank{{rank}}.pt")
 torch.distributed.destroy_process_group()
 """
 
 class Processes(Case):
-    def test_two_processes_train_as_one(self):
-        flags = [*self.tiny(n=2000), "--steps", 120, "--batch-size", 64, "--lr", 3e-3, "--save-every", 50]
-        (self.dir / "worker.py").write_text(WORKER.format(here=str(HERE), folder=str(self.dir)))
+    def two(self, script, *flags):
+        """What each of two processes of SCRIPT under torchrun ended with, and what they printed."""
+        (self.dir / "worker.py").write_text(WORKER.format(here=str(HERE), folder=str(self.dir), script=script))
         argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, self.dir / "worker.py",
                 *flags, "--out", self.dir / "two"]
         done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
-        self.assertEqual(done.stdout.count("step      120/120"), 1)                    # one process speaks and saves
-        (a, xa, za), (b, xb, zb) = (torch.load(self.dir / f"rank{r}.pt") for r in (0, 1))
+        return [torch.load(self.dir / f"rank{r}.pt") for r in (0, 1)], done.stdout
+
+    def test_two_processes_share_the_history_of_the_bound(self):
+        flags = [*self.tiny()[:10], "--T", 30, "--objective", "vlb", "--steps", 12, "--batch-size", 16]
+        ((a, _, _), (b, _, _)), _ = self.two("ddpm", *flags)
+        for k in a:
+            self.assertTrue(torch.equal(a[k], b[k]), k)
+        self.assertGreater(a["history"].isfinite().sum(), 12 * 16 * 0.6)               # the losses of both, not of one
+
+    def test_two_processes_train_as_one(self):
+        flags = [*self.tiny(n=2000), "--steps", 120, "--batch-size", 64, "--lr", 3e-3, "--save-every", 50]
+        ((a, xa, za), (b, xb, zb)), text = self.two("ncsn", *flags)
+        self.assertEqual(text.count("step      120/120"), 1)                           # one process speaks and saves
         self.assertEqual(a.keys(), b.keys())
         for k in a:
             self.assertTrue(torch.equal(a[k], b[k]), k)                                # replicas: equal to the last bit
