@@ -130,7 +130,7 @@ def posterior(x0, x_t, a_t, a_s):
     return mean, (1 - a_s) / (1 - a_t) * beta
 
 def reverse_variance(kind, a_t, a_s, v=None, gamma=None, floor=0.0):
-    """sigma_t^2, at least floor, of the step from t to s with abar_t and abar_s. beta, beta-tilde: Ho, section 3.2.
+    """sigma_t^2 of the step from t to s with abar_t and abar_s. beta and beta-tilde (at least floor): Ho, section 3.2.
     learned: exp(f log beta + (1 - f) log beta~), f = (v + 1) / 2, improved DDPM, eq. (15). analytic: the optimum
     beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), with Cov = (1 - abar_t) / abar_t (1 - gamma) in
     [0, 1] for second_moment's gamma: Analytic-DPM, Theorem 1 (rearranged) with the bounds of Theorem 2."""
@@ -139,8 +139,8 @@ def reverse_variance(kind, a_t, a_s, v=None, gamma=None, floor=0.0):
     if kind == "beta":
         return beta
     if kind == "analytic":
-        cov = ((1 - a_t) / a_t * (1 - gamma)).clamp(0, 1)
-        return (beta_tilde + a_s * (beta / (1 - a_t)) ** 2 * cov).clamp(min=floor)
+        cov = ((1 - a_t) / a_t * (1 - gamma)).clamp(1e-8, 1)               # not 0: at t = 1 nothing else is left
+        return beta_tilde + a_s * (beta / (1 - a_t)) ** 2 * cov
     beta_tilde = beta_tilde.clamp(min=floor)
     if kind == "beta-tilde":
         return beta_tilde
