@@ -559,12 +559,12 @@ class Diffusion(Case):
         for T in (25, 100, 1000):
             abar = ddpm.schedule("linear", T)
             for kind in ("beta", "beta-tilde", "analytic"):
-                L_T, rows = ddpm.evaluate_bound(self.exact(m, s, abar), images, abar, 300, variance=kind,
+                L_T, rows = ddpm.evaluate_bound(self.exact(m, s, abar), images, abar, 500, variance=kind,
                                                 gamma=self.gamma(s, abar))
                 bounds.append((kind, L_T + rows[:, 0].sum().item()))
-                error = (rows[:, 1].sum() / 300).sqrt().item()
+                error = (rows[:, 1].sum() / 500).sqrt().item()
                 self.assertGreater(bounds[-1][1], exact - 4 * error)       # a bound from above
-                self.assertLess(error, 0.03)
+                self.assertLess(error, 0.035)
             a = abar[-1].item()
             self.near(L_T, (a * (m ** 2 + s ** 2) - a - math.log(1 - a)) / 2 / math.log(2), 1e-8 + 0.02 * a)
             self.near(rows[:, 2] / (s ** 2 * (1 - abar) / (abar * s ** 2 + 1 - abar))[1:], 1, 0.15)
@@ -888,7 +888,7 @@ class Network(Case):
         exact = net(x, noise)
         net.bf16 = True
         error = (net(x, noise) - exact).std() / exact.std()
-        self.assertLess(error, 0.03)
+        self.assertLess(error, 0.035)
         self.assertGreater(error, 0)
 
     def test_compiles_without_a_graph_break(self):
