@@ -10,13 +10,15 @@ Forward  q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), abar_t = prod_s (1 
 Loss     L_simple = E || eps - eps_theta(x_t, t) ||^2                                          Algorithm 1, eq. (14)
 Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t) + sigma_t z     Algorithm 2, eq. (11)
 Bound    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0, in bits/dim                      eqs. (5), (8), (13)
-Differs  mean over pixels instead of sum; a smaller U-Net; clipped gradients, a learning rate that decays; x_0 is
-         clipped while sampling, as in the authors' code and unlike Algorithm 2 (--no-clip); see README, "What differs"
+Differs  mean over pixels instead of sum; the cosine schedule by default; a smaller U-Net; clipped gradients, a
+         learning rate that decays; x_0 is clipped while sampling and in the bound, but not in its decoder L_0, as in
+         the authors' code (which clips there too) and unlike Algorithm 2 (--no-clip); see README, "What differs"
 
     python ddpm.py --dataset mnist              # trains, then see runs/ddpm-mnist/samples.png and process.gif
     python ddpm.py --dataset mnist --resume     # goes on; with --sample-only just draws
     python ddpm.py --dataset mnist --sample-only --sampler ddim --sample-steps 50     # 20 times as fast
     python ddpm.py --dataset mnist --sample-only --evaluate-bound 100                 # bits/dim of the test set
+    python ddpm.py --dataset mnist --objective vlb --predict v --precision fp32 --out runs/vlb     # lowest bits/dim
 """
 import argparse, contextlib, itertools, math, time
 from pathlib import Path
@@ -168,14 +170,16 @@ def log_decoder(x0, mean, sigma):
     a, b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
     return b + (-torch.expm1(a - b)).log()                                 # log(Phi(b) - Phi(a))
 
-def bound_term(out, x0, x_t, t, abar, predict="eps", variance="beta", gamma=None):
+def bound_term(out, x0, x_t, t, abar, predict="eps", variance="beta", gamma=None, clip=False):
     """(L_{t-1} in bits/dim (B,), predicted x_0, sigma_t^2): KL(q(x_{t-1} | x_t, x_0) || p_theta), eq. (5), and for
     t = 1 the decoder L_0, eq. (13). out: net(x_t, t), of C channels, or 2C if the variance is learned; gamma (T + 1,).
-    beta~ is 0 at t = 1: it is taken as that of t = 2, as in the authors' code. Computed in the float type of abar."""
+    beta~ is 0 at t = 1: it is taken as that of t = 2, as in the authors' code. clip: the predicted x_0 to [-1, 1] for
+    t > 1; the decoder's outer bins are open, a mean beyond them is surer. Computed in the float type of abar."""
     C, view = x0.shape[1], (-1, 1, 1, 1)
     a_t, a_s = abar[t].view(view), abar[t - 1].view(view)
     floor = (1 - abar[1]) / (1 - abar[2]) * (1 - abar[2] / abar[1])        # beta~_2
     x0_hat = eps_and_x0(out[:, :C], x_t, a_t.sqrt(), (1 - a_t).sqrt(), predict)[1]
+    x0_hat = torch.where(t.view(view) > 1, x0_hat.clamp(-1, 1), x0_hat) if clip else x0_hat
     sigma2 = reverse_variance(variance, a_t, a_s, out[:, C:], None if gamma is None else gamma[t].view(view), floor)
     mean, _ = posterior(x0_hat, x_t, a_t, a_s)
     mean_q, var_q = posterior(x0, x_t, a_t, a_s)
@@ -226,7 +230,7 @@ def entropy_bounds(abar):
     return upper + H(1 - abar[:-1]) - H(1 - abar[1:]), upper
 
 @torch.no_grad()
-def evaluate_bound(net, images, abar, N, predict="eps", variance="beta", gamma=None):
+def evaluate_bound(net, images, abar, N, predict="eps", variance="beta", gamma=None, clip=True):
     """(L_T in bits/dim, rows) of uint8 images; rows (T, 4): L_{t-1} in bits/dim, its variance over images, mean squared
     error of the predicted x_0, entropy of the reverse step in nats/dim. Each t sees N >= 2 images drawn anew, without
     labels: the rows are independent."""
@@ -240,7 +244,8 @@ def evaluate_bound(net, images, abar, N, predict="eps", variance="beta", gamma=N
             at = torch.full((len(x0),), t, device=abar.device)
             a, s = kernel(abar, at)
             x_t = a * x0 + s * torch.randn_like(x0)
-            l, x0_hat, sigma2 = bound_term(net(x_t, at, None), x0, x_t, at, abar, predict, variance, gamma)
+            l, x0_hat, sigma2 = bound_term(net(x_t, at, None), x0, x_t, at, abar, predict, variance, gamma,
+                                           clip)
             mse, entropy = (x0_hat - x0).square(), 0.5 * (2 * math.pi * math.e * sigma2).log()
             parts.append(torch.stack([l, mse.flatten(1).mean(1), entropy.flatten(1).mean(1).expand_as(l)]))
         l, mse, entropy = torch.cat(parts, dim=1)                          # (N,) each
@@ -294,7 +299,7 @@ def report_bound(run, abar, variance, gamma):
     images, _ = toy.load_images(args.dataset, args.data_dir, "test", args.size)
     N = args.evaluate_bound
     run.print(f"bound  {N} test images at each of {args.T} steps ...")
-    prior, rows = evaluate_bound(run.ema, images, abar, N, args.predict, variance, gamma)
+    prior, rows = evaluate_bound(run.ema, images, abar, N, args.predict, variance, gamma, not args.no_clip)
     require(rows.isfinite().all(), "the bound is not finite: the network is not trained, or diverged")
     (L, var, mse, entropy), (low, high) = rows.T, entropy_bounds(abar.cpu().double())
     rate, rmse, error = prior + L.sum() - L.cumsum(0), 127.5 * mse.sqrt(), lambda v: (v.sum() / N).sqrt().item()
@@ -355,14 +360,16 @@ def main():
                    "linear; improved DDPM: cosine)")
     p.add_argument("--predict", choices=["eps", "x0", "v"], default="eps", help="what the network returns (paper: eps)")
     p.add_argument("--objective", choices=["simple", "vlb", "hybrid"], default="simple", help="L_simple; the bound, "
-                   "with learned variance and t by importance; L_simple + 0.001 bound (papers: simple, hybrid)")
+                   "with learned variance and t by importance; L_simple + 0.001 bound (papers: simple, hybrid). bfloat16 "
+                   "rounds away the noise of small t: for the lowest bound give --precision fp32")
     p.add_argument("--sampler", choices=["ddpm", "ddim", "langevin"], default="ddpm", help="Algorithm 2; DDIM; or "
                    "annealed Langevin dynamics, ncsn.py's, with the score -eps / sqrt(1 - abar)")
     p.add_argument("--sample-steps", type=int, help="draw with so many of the T steps, the last among them (None: all)")
     p.add_argument("--variance", choices=["beta", "beta-tilde", "learned", "analytic"], help="sigma_t^2 of Algorithm 2 "
                    "and of the bound (None: beta, or learned where it was trained; paper: beta or beta-tilde)")
     p.add_argument("--eta", type=float, default=0.0, help="noise of DDIM: 0 none, 1 that of beta-tilde (DDIM paper: 0)")
-    p.add_argument("--no-clip", action="store_true", help="do not clip the predicted x_0 to [-1, 1] while sampling")
+    p.add_argument("--no-clip", action="store_true", help="do not clip the predicted x_0 to [-1, 1], neither in "
+                   "sampling nor in the bound")
     p.add_argument("--temperature", type=float, default=1.0, help="standard deviation of x_T, the latent (papers: 1)")
     p.add_argument("--classes", action="store_true", help="train with the labels, one in ten being hidden")
     p.add_argument("--label", type=int, help="draw this class only; a network trained with --classes")

@@ -575,6 +575,18 @@ class Diffusion(Case):
         self.assertTrue(beta[0] > beta[1] + 0.1 and beta[1] > beta[2] + 0.1)                   # falls towards it
         self.near([beta[-1] / exact, analytic[-1] / exact], 1, 0.01)
 
+    def test_clipping_lowers_the_terms_but_not_the_decoder(self):
+        t = torch.tensor([1, 2, 500, 1000]).repeat(50)
+        x0, eps = torch.rand(200, 1, 4, 4).round() * 2 - 1, torch.randn(200, 1, 4, 4)          # only black and white
+        a, s = ddpm.kernel(self.abar, t)
+        x_t = a * x0 + s * eps
+        out = eps + 0.1 * torch.randn_like(eps)
+        raw, clipped = (ddpm.bound_term(out, x0, x_t, t, self.abar, clip=clip) for clip in (False, True))
+        self.near(raw[0][t == 1], clipped[0][t == 1], 0)
+        self.assertTrue((raw[0] >= clipped[0]).all())
+        self.assertLess(clipped[0][t == 500].sum() / raw[0][t == 500].sum(), 0.7)        # half of the errors point outwards
+        self.near(clipped[1][t > 1], raw[1][t > 1].clamp(-1, 1), 0)
+
     def test_entropy_of_gaussian_data_is_between_its_bounds(self):
         for name in ("linear", "cosine"):
             abar = ddpm.schedule(name, 1000)
