@@ -164,7 +164,8 @@ def arguments(doc):
     add("--seed", type=int, default=0, help="of all that is random")
     return p
 
-HERE = {"out", "data_dir", "resume", "sample_only", "overwrite", "device", "npz", "evaluate"}   # not of a checkpoint
+HERE = {"out", "data_dir", "resume", "sample_only", "overwrite", "device", "npz", "evaluate", "evaluate_bound",
+        "strip"}                                                                        # of a command, not of a run
 FIXED = {"dataset", "size", "width", "patch", "dropout", "classes"}                     # not changed after the start
 
 def settings(parser, script, may_be_0=(), not_kept=(), fixed=()):

@@ -11,8 +11,8 @@ Loss     L_simple = E || eps - eps_theta(x_t, t) ||^2                           
 Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t) + sigma_t z     Algorithm 2, eq. (11)
 Bound    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0, in bits/dim                      eqs. (5), (8), (13)
 Differs  mean over pixels instead of sum; the cosine schedule by default; a smaller U-Net; clipped gradients, a
-         learning rate that decays; x_0 is clipped while sampling and in the bound, but not in its decoder L_0, as in
-         the authors' code (which clips there too) and unlike Algorithm 2 (--no-clip); see README, "What differs"
+         learning rate that decays; x_0 is clipped while sampling and in the bound, as in the authors' code and unlike
+         Algorithm 2 (--no-clip), but, unlike there, not in the decoder L_0; see README, "What differs"
 
     python ddpm.py --dataset mnist              # trains, then see runs/ddpm-mnist/samples.png and process.gif
     python ddpm.py --dataset mnist --resume     # goes on; with --sample-only just draws
@@ -32,7 +32,7 @@ from common import Run, UNet, require
 def schedule(name, T):
     """abar_t for t = 0 ... T, (T + 1,) float64; abar_0 = 1 is "no noise yet". linear: section 4 of Ho et al., scaled by
     1000 / T; cosine: improved DDPM, eq. (17). UserError if T is too small for it."""
-    require(T > (20 if name == "linear" else 1), f"--T {T} is too few for --schedule {name}: its beta_T is not below 1")
+    require(T > (20 if name == "linear" else 1), f"--T {T} is too few for --schedule {name}")
     beta = common.linear_betas(T, 0.1 / T, 20 / T) if name == "linear" else common.cosine_betas(T)
     return torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)])
 
@@ -92,7 +92,7 @@ def ddim(net, x, abar, path, eta=0.0):
         eps = net(x, torch.full((len(x),), max(t, 1), device=x.device))    # step 0 was not trained, 1 is nearest
         x0 = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()             # "predicted x_0"
         sigma = eta * ((1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])).sqrt() if eta else 0.0   # eq. (16)
-        x = abar[s].sqrt() * x0 + (1 - abar[s] - sigma ** 2).sqrt() * eps
+        x = abar[s].sqrt() * x0 + (1 - abar[s] - sigma ** 2).clamp(min=0).sqrt() * eps
         x = x + sigma * torch.randn_like(x) if eta else x
     return x
 
@@ -105,9 +105,9 @@ def eps_and_x0(out, x_t, a, s, predict):
     return s * x_t + a * out, a * x_t - s * out
 
 def predictor(net, abar, predict="eps", label=None, w=0.0, clip=False, learned=False, frames=None, every=1):
-    """What the samplers call: f(x_t, t) -> eps, and with learned also v, in 2C channels. w: classifier-free guidance,
-    (1 + w) eps(x_t, label) - w eps(x_t), its eq. (6). clip: x_0 to [-1, 1]. frames: a list that gets x_t and the x_0
-    predicted from it, of 8 images in turn, at the first and then every so many calls."""
+    """What the samplers call: f(x_t, t) -> eps, and with learned also v, in 2C channels; abar on the device of x_t.
+    w: classifier-free guidance, (1 + w) eps(x_t, label) - w eps(x_t), its eq. (6). clip: x_0 to [-1, 1]. frames: a
+    list that gets x_t and the x_0 predicted from it, of 8 images in turn, at the first and then every so many calls."""
     calls = itertools.count()
     def f(x, t):
         out, (a, s), C = net(x, t, label), kernel(abar, t), x.shape[1]
@@ -132,10 +132,10 @@ def posterior(x0, x_t, a_t, a_s):
     return mean, (1 - a_s) / (1 - a_t) * beta
 
 def reverse_variance(kind, a_t, a_s, v=None, gamma=None, floor=0.0):
-    """sigma_t^2 of the step from t to s with abar_t and abar_s. beta and beta-tilde (at least floor): Ho, section 3.2.
+    """sigma_t^2 of the step from t to s with abar_t and abar_s. beta; beta~, here at least floor: Ho, section 3.2.
     learned: exp(f log beta + (1 - f) log beta~), f = (v + 1) / 2, improved DDPM, eq. (15). analytic: the optimum
     beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), with Cov = (1 - abar_t) / abar_t (1 - gamma) in
-    [0, 1] for second_moment's gamma: Analytic-DPM, Theorem 1 (rearranged) with the bounds of Theorem 2."""
+    (0, 1] for second_moment's gamma: Analytic-DPM, Theorem 1 (rearranged) with the bounds of Theorem 2."""
     beta = 1 - a_t / a_s
     beta_tilde = (1 - a_s) / (1 - a_t) * beta
     if kind == "beta":
@@ -173,7 +173,7 @@ def log_decoder(x0, mean, sigma):
 def bound_term(out, x0, x_t, t, abar, predict="eps", variance="beta", gamma=None, clip=False):
     """(L_{t-1} in bits/dim (B,), predicted x_0, sigma_t^2): KL(q(x_{t-1} | x_t, x_0) || p_theta), eq. (5), and for
     t = 1 the decoder L_0, eq. (13). out: net(x_t, t), of C channels, or 2C if the variance is learned; gamma (T + 1,).
-    beta~ is 0 at t = 1: it is taken as that of t = 2, as in the authors' code. clip: the predicted x_0 to [-1, 1] for
+    beta~, 0 at t = 1, is there taken as that of t = 2, as in the authors' code. clip: the predicted x_0 to [-1, 1] for
     t > 1; the decoder's outer bins are open, a mean beyond them is surer. Computed in the float type of abar."""
     C, view = x0.shape[1], (-1, 1, 1, 1)
     a_t, a_s = abar[t].view(view), abar[t - 1].view(view)
@@ -293,8 +293,8 @@ def slerp(a, b, f):
     return (((1 - f) * angle).sin() * a + (f * angle).sin() * b) / angle.sin()
 
 def report_bound(run, abar, variance, gamma):
-    """--evaluate-bound: a line, OUT/bound.csv (a row a step), and two pictures. Always float32."""
-    args, run.ema.bf16 = run.args, False
+    """--evaluate-bound: a line, OUT/bound.csv (a row a step), and two pictures."""
+    args = run.args
     torch.manual_seed(args.seed)
     images, _ = toy.load_images(args.dataset, args.data_dir, "test", args.size)
     N = args.evaluate_bound
@@ -360,7 +360,7 @@ def main():
                    "linear; improved DDPM: cosine)")
     p.add_argument("--predict", choices=["eps", "x0", "v"], default="eps", help="what the network returns (paper: eps)")
     p.add_argument("--objective", choices=["simple", "vlb", "hybrid"], default="simple", help="L_simple; the bound, "
-                   "with learned variance and t by importance; L_simple + 0.001 bound (papers: simple, hybrid). bfloat16 "
+                   "with learned variance and t by importance; L_simple + 0.001 bound (papers: simple, hybrid). bf16 "
                    "rounds away the noise of small t: for the lowest bound give --precision fp32")
     p.add_argument("--sampler", choices=["ddpm", "ddim", "langevin"], default="ddpm", help="Algorithm 2; DDIM; or "
                    "annealed Langevin dynamics, ncsn.py's, with the score -eps / sqrt(1 - abar)")
@@ -377,9 +377,10 @@ def main():
     p.add_argument("--evaluate-bound", type=int, help="instead of drawing: the test set's bound in bits/dim, with "
                    "so many images a step; OUT/bound.csv, rate-distortion.png, entropy.png")
     p.add_argument("--strip", choices=["steps", "guidance", "interpolate"], help="instead of drawing, OUT/STRIP.png: "
-                   "10, 20, 50, 100, T steps of DDIM, eta 0 and 1; w = 0, 1, 3 for each label; between test images")
+                   "10, 20, 50, 100, T steps of DDIM, eta 0 and 1; w = 0, 1, 3 for each label; between test images "
+                   "(of a folder: any)")
     args, ckpt = common.settings(p, "ddpm", may_be_0=("label", "n_classes", "eta", "guidance"), fixed=("T", "schedule",
-                                 "predict", "objective"), not_kept=("label", "evaluate_bound", "strip", "no_clip"))
+                                 "predict", "objective"), not_kept=("label", "no_clip"))
     args.steps = args.steps or (4000 if args.dataset == "digits" else 12000)
     variance = args.variance or ("beta" if args.objective == "simple" else "learned")
     if not args.sample_only:
@@ -401,13 +402,14 @@ def main():
             "--sampler langevin has its own steps and no guidance: drop --sample-steps, --guidance, --strip guidance")
     require(sum(map(bool, (args.evaluate, args.evaluate_bound, args.strip))) <= 1,
             "--evaluate, --evaluate-bound and --strip: one at a time")
-    require(not args.evaluate_bound or args.evaluate_bound > 1 and args.dataset in (*toy.SHA256, "cifar10"),
-            f"--evaluate-bound takes 2 images or more, of a set with test images, which {args.dataset} must be")
-    require("mps" not in args.device or args.objective == "simple" and not args.evaluate_bound,
+    require(args.evaluate_bound != 1, "--evaluate-bound takes 2 images or more")
+    require(not args.evaluate_bound or args.dataset in (*toy.SHA256, "cifar10"),
+            f"--evaluate-bound: {args.dataset} has no test images")
+    require("mps" not in args.device or (args.sample_only or args.objective == "simple") and not args.evaluate_bound,
             "--device mps lacks what the bound needs: give --device cpu")
 
     def gamma():                                                           # estimated once for a network, and kept
-        path, made_of = Path(args.out) / "gamma.pt", [run.n, run.seconds]
+        path, made_of = Path(args.out) / "gamma.pt", [run.n, run.seconds, run.ema.bf16]
         with contextlib.suppress(Exception):                               # none, damaged, or of another network
             kept = torch.load(path, weights_only=True)
             if kept["made_of"] == made_of:
@@ -448,14 +450,17 @@ def main():
                 run.step(hybrid_loss(run.net, x0, table, label, predict=args.predict))
             else:
                 run.step(vlb_loss(run.net, x0, table, run.raw.history, label, predict=args.predict))
-    g = gamma() if run.rank == 0 and variance == "analytic" else None
+    if args.evaluate_bound:                                                # float32, TF32 not even on CUDA
+        run.ema.bf16 = torch.backends.cudnn.allow_tf32 = False
+    uses_g = args.evaluate_bound or args.sampler == "ddpm" and args.strip not in ("steps", "interpolate")
+    g = gamma() if run.rank == 0 and variance == "analytic" and uses_g else None
     if run.rank == 0 and args.evaluate_bound:
         report_bound(run, table, variance, g)
     elif run.rank == 0 and args.strip:
         strip(run, abar, table, draw)
     elif run.rank == 0:
-        facts = {"sampler": args.sampler, "eta": args.eta, "variance": variance if args.sampler == "ddpm" else ""}
-        run.finish(**facts)
+        run.finish(sampler=args.sampler, eta=args.eta if args.sampler == "ddim" else "",
+                   variance=variance if args.sampler == "ddpm" else "")
 
 if __name__ == "__main__":
     common.cli(main)

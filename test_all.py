@@ -528,7 +528,10 @@ class Diffusion(Case):
             for gamma, cov in ((1.5, 0), (-1e9, 1)):                       # never below beta~, nor above data of [-1, 1]
                 self.near(ddpm.reverse_variance("analytic", a, b, gamma=torch.tensor(gamma)),
                           tilde + b * (beta / (1 - a)) ** 2 * cov, 2e-8)
-        self.assertEqual(ddpm.reverse_variance("beta-tilde", self.abar[1], self.abar[0], floor=1e-5), 1e-5)
+        first = self.abar[1], self.abar[0]                                 # t = 1: beta~ = 0
+        self.assertEqual(ddpm.reverse_variance("beta-tilde", *first, floor=1e-5), 1e-5)
+        for floor in (0, 1e-5):                                            # the optimum: near 0, but never 0
+            self.near(ddpm.reverse_variance("analytic", *first, gamma=torch.tensor(1.5), floor=floor), 1e-8, 1e-12)
 
     def test_second_moment(self):
         images = ((0.2 + 0.1 * torch.randn(2000, 1, 4, 4)) * 127.5 + 127.5).round().byte()
@@ -1427,6 +1430,8 @@ class DiffusionRuns(Case):
         for name in ("rate-distortion.png", "entropy.png"):
             low, high = Image.open(out / name).convert("L").getextrema()
             self.assertGreater(high, low + 50)
+        self.assertTrue((out / "gamma.pt").exists())                       # of the network in float32; then in its own
+        self.command(ddpm, *only, "--variance", "analytic", "--sample-steps", 3)
         kept = (out / "gamma.pt").read_bytes()
         self.command(ddpm, *only, "--variance", "analytic", "--sample-steps", 3)
         self.assertEqual(kept, (out / "gamma.pt").read_bytes())            # not estimated again,
@@ -1443,10 +1448,37 @@ class DiffusionRuns(Case):
             self.near(w / h, (2 + 10 * shape[0]) / (2 + 10 * shape[1]), 0.01)
         self.assertEqual(after, (out / "samples.png").stat().st_mtime_ns)  # they draw nothing else
         self.assertLess(before, after)
-        errors = [float(e) for e in re.findall(r"square error|squared error ([\d.]+)", text)]
+        errors = [float(e) for e in re.findall(r"squared error ([\d.]+)", text)]
         self.assertEqual(len(errors), 3)                                   # 10, 20, 30 = T steps
+        self.assertTrue(errors[0] > errors[1] > errors[2])
         self.command(ddpm, *self.flags(), "--out", out, "--overwrite", "--samples", 1)
         self.assertFalse(any((out / n).exists() for n in ("gamma.pt", "bound.csv", "entropy.png", "steps.png")))
+
+    def test_the_bound_is_float32_of_the_learned_variance_and_clipped_unless_asked(self):
+        out, seen, real = self.dir / "run", [], ddpm.evaluate_bound
+        def spy(net, images, abar, N, predict, variance, gamma, clip):
+            seen.append((net.bf16, len(images), N, predict, variance, gamma is None, clip))
+            return real(net, images, abar, N, predict, variance, gamma, clip)
+        with mock.patch.object(ddpm, "evaluate_bound", spy):
+            flags = [*self.flags(), "--objective", "hybrid", "--predict", "v", "--precision", "bf16", "--out", out]
+            self.command(ddpm, *flags, "--evaluate-bound", 5)
+            self.assertFalse((out / "samples.png").exists())
+            self.command(ddpm, "--sample-only", "--out", out, *flags[:2], "--evaluate-bound", 6, "--no-clip")
+            self.command(ddpm, "--sample-only", "--out", out, *flags[:2], "--evaluate-bound", 7, "--variance", "analytic")
+            self.command(ddpm, "--resume", "--out", out, *flags[:2])       # asks for no bound: draws
+        self.assertTrue((out / "samples.png").exists())
+        self.assertEqual(seen, [(False, 64, 5, "v", "learned", True, True), (False, 64, 6, "v", "learned", True, False),
+                                (False, 64, 7, "v", "analytic", False, True)])
+
+    def test_grids_in_training_are_drawn_quickly(self):
+        paths, real = [], ddpm.ddim
+        with mock.patch.object(ddpm, "ddim", lambda net, x, abar, path, eta: paths.append((path, eta)) or
+                               real(net, x, abar, path, eta)):
+            flags = [*self.tiny()[:10], "--T", 60, "--sample-every", 2, "--variance", "analytic", "--out", self.dir / "run"]
+            code, _, err = self.command(ddpm, *flags)
+        self.assertEqual((code, err), (0, ""))
+        self.assertEqual(paths, [(ddpm.subsequence(60, 50)[::-1], 0.0)] * 2)           # after steps 2 and 4 of 6
+        self.assertTrue((self.dir / "run" / "samples_000004.png").exists())
 
     def test_killed_or_interrupted_and_resumed_is_never_stopped(self):
         flags = [*self.flags(), "--objective", "vlb", "--classes", "--dropout", 0.1, "--samples", 1]
@@ -1482,6 +1514,7 @@ class DiffusionRuns(Case):
             self.assertIn(words, err)
         code, _, err = self.command(ddpm, *self.flags(), "--out", self.dir / "new", "--T", 5, "--schedule", "linear")
         self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("--T 5 is too few", err)
         code, _, err = self.command(ncsn, "--sample-only", "--out", out)
         self.assertIn("made by ddpm.py", err)
 
@@ -1497,7 +1530,7 @@ class DiffusionRuns(Case):
             self.near(im.size[0] / im.size[1], (2 + 11 * 22) / (2 + 2 * 18), 0.01)
         code, _, err = self.command(ddpm, "--sample-only", "--out", out, "--evaluate-bound", 4)
         self.assertEqual((code, err.count("\n")), (2, 1))
-        self.assertIn("a set with test images", err)
+        self.assertIn("has no test images", err)
 
     def test_drawing_keeps_the_settings_of_the_run_and_takes_new_ones(self):
         out, settings = self.dir / "run", []
@@ -1508,6 +1541,8 @@ class DiffusionRuns(Case):
             self.command(ddpm, "--sample-only", "--out", out)
             self.command(ddpm, "--sample-only", "--out", out, "--eta", 0)
         self.assertEqual(settings, [(5, 1.0), (5, 0.0)])
+        self.command(ddpm, "--sample-only", "--out", out, "--sampler", "ddim", "--eta", 0.5, "--strip", "steps")
+        self.assertEqual(common.load_checkpoint(out / "ckpt.pt")["args"]["eta"], 1)
         drawn = []
         for _ in range(2):                                                 # the second finds gamma.pt
             code, _, err = self.command(ddpm, "--sample-only", "--out", out, *self.flags()[:2], "--sampler", "ddpm",
