@@ -246,7 +246,8 @@ def evaluate_bound(net, images, abar, N, predict="eps", variance="beta", gamma=N
             x_t = a * x0 + s * torch.randn_like(x0)
             l, x0_hat, sigma2 = bound_term(net(x_t, at, None), x0, x_t, at, abar, predict, variance, gamma,
                                            clip)
-            mse, entropy = (x0_hat - x0).square(), 0.5 * (2 * math.pi * math.e * sigma2).log()
+            x0_hat, entropy = x0_hat.clamp(-1, 1) if clip else x0_hat, 0.5 * (2 * math.pi * math.e * sigma2).log()
+            mse = (x0_hat - x0).square()
             parts.append(torch.stack([l, mse.flatten(1).mean(1), entropy.flatten(1).mean(1).expand_as(l)]))
         l, mse, entropy = torch.cat(parts, dim=1)                          # (N,) each
         rows.append(torch.stack([l.mean(), l.var(), mse.mean(), entropy.mean()]))
@@ -309,9 +310,9 @@ def report_bound(run, abar, variance, gamma):
         f.writelines((",".join(f"{v:.8g}" for v in row) + "\n").encode() for row in table.tolist())
     toy.plot(Path(args.out) / "rate-distortion.png", {"predicted x_0": list(zip(rate.tolist(), rmse.tolist()))},
              "bits/dim sent", "root mean squared error of 255")
-    curves = {"H(x_t-1 | x_t), model": entropy, "lower bound": low, "upper bound": high}
+    curves = {"upper bound": high - low, "of the network": entropy - low}
     toy.plot(Path(args.out) / "entropy.png", {k: list(enumerate(v.tolist(), 1)) for k, v in curves.items()}, "t",
-             "nats/dim", logx=True)
+             "entropy of a reverse step above its lower bound, nats/dim", logx=True, logy=True)
     half = rmse[rate >= min(rate[0], (prior + L.sum()) / 2)][-1]           # where half of the bits have been sent
     run.print(f"bound  {variance}: L_T {prior:.3g}   L_1..T-1 {L[1:].sum():.4f} +- "
               f"{error(var[1:]):.4f}   L_0 {L[0]:.4f} +- {error(var[:1]):.4f}   sum {prior + L.sum():.4f} +- "
