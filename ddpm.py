@@ -86,8 +86,8 @@ def ancestral(net, x, abar, tau, variance="beta", gamma=None):
 
 @torch.no_grad()
 def ddim(net, x, abar, path, eta=0.0):
-    """DDIM, eq. (12), 0 <= eta <= 1, along a path of steps: T ... 0 draws; 0 ... T, with eta = 0 and a net that does
-    not clip, encodes an image as its x_T."""
+    """DDIM, eq. (12), 0 <= eta <= 1, along a path of steps: T ... 0 draws; 0 ... T, with eta = 0, encodes an image as
+    its x_T. With the cosine schedule 1 / sqrt(abar_T) is 2e4: it needs a predictor that clips x_0."""
     for t, s in zip(path, path[1:]):                                       # from x_t to x_s
         eps = net(x, torch.full((len(x),), max(t, 1), device=x.device))    # step 0 was not trained, 1 is nearest
         x0 = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()             # "predicted x_0"
@@ -336,7 +336,7 @@ def strip(run, abar, table, draw):
     else:
         images, _ = toy.load_images(args.dataset, args.data_dir, "test", args.size)
         require(len(images) > 1, f"--strip interpolate needs two pictures, {args.dataset} has one")
-        n, f = min(12, len(images) // 2 * 2), predictor(run.ema, table, args.predict)
+        n, f = min(12, len(images) // 2 * 2), predictor(run.ema, table, args.predict, clip=not args.no_clip)
         x0 = images[:n].to(args.device) / 127.5 - 1
         for S in sorted({min(S, args.T) for S in (10, 20, 50, 100, 200)}):
             x_T = ddim(f, x0, abar, tau := subsequence(args.T, S))         # encode
