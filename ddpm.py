@@ -361,8 +361,8 @@ def main():
                    "linear; improved DDPM: cosine)")
     p.add_argument("--predict", choices=["eps", "x0", "v"], default="eps", help="what the network returns (paper: eps)")
     p.add_argument("--objective", choices=["simple", "vlb", "hybrid"], default="simple", help="L_simple; the bound, "
-                   "with learned variance and t by importance, lowest with --predict v; L_simple + 0.001 bound (papers: "
-                   "simple, hybrid)")
+                   "with learned variance and t by importance, lowest with --predict v; L_simple + 0.001 bound "
+                   "(papers: simple, hybrid)")
     p.add_argument("--sampler", choices=["ddpm", "ddim", "langevin"], default="ddpm", help="Algorithm 2; DDIM; or "
                    "annealed Langevin dynamics, ncsn.py's, with the score -eps / sqrt(1 - abar)")
     p.add_argument("--sample-steps", type=int, help="draw with so many of the T steps, the last among them (None: all)")
