@@ -18,7 +18,7 @@ Differs  mean over pixels instead of sum; the cosine schedule by default; a smal
     python ddpm.py --dataset mnist --resume     # goes on; with --sample-only just draws
     python ddpm.py --dataset mnist --sample-only --sampler ddim --sample-steps 50     # 20 times as fast
     python ddpm.py --dataset mnist --sample-only --evaluate-bound 100                 # bits/dim of the test set
-    python ddpm.py --dataset mnist --objective vlb --predict v --precision fp32 --out runs/vlb     # lowest bits/dim
+    python ddpm.py --dataset mnist --objective vlb --predict v --out runs/vlb-mnist   # lower bits/dim
 """
 import argparse, contextlib, itertools, math, time
 from pathlib import Path
