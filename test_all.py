@@ -1450,7 +1450,7 @@ class DiffusionRuns(Case):
         self.assertLess(before, after)
         errors = [float(e) for e in re.findall(r"squared error ([\d.]+)", text)]
         self.assertEqual(len(errors), 3)                                   # 10, 20, 30 = T steps
-        self.assertTrue(errors[0] > errors[1] > errors[2])
+        self.assertTrue(255 > errors[0] > errors[1] > errors[2])           # clipped: without, the step from T explodes
         self.command(ddpm, *self.flags(), "--out", out, "--overwrite", "--samples", 1)
         self.assertFalse(any((out / n).exists() for n in ("gamma.pt", "bound.csv", "entropy.png", "steps.png")))
 
