@@ -279,7 +279,8 @@ class Run:
         loss.backward()
         for old in self.out.glob("*.*") if self.n == self.rank == 0 else ():      # --overwrite, as a step can be made
             mine = ("samples", "process.", "log.csv", "loss.png", "ckpt.pt", "quality.csv", "gamma.pt", "bound.csv",
-                    "entropy.", "rate-distortion.", "steps.png", "guidance.png", "interpolate.png")
+                    "entropy.", "rate-distortion.", "steps.png", "guidance.png", "interpolate.png", "bits.csv",
+                    "samplers.png", "quality.png")
             old.unlink() if old.name.startswith(mine) else None
         norm = nn.utils.clip_grad_norm_(self.raw.parameters(), 1.0)
         self.opt.param_groups[0]["lr"] = args.lr * min(1, 20 * f) * (1 + math.cos(math.pi * f)) / 2
@@ -339,15 +340,16 @@ class Run:
                   "rows": self.rows, "recent": self.recent, "raw": self.raw.state_dict(),
                   "ema": self.ema.state_dict(), "opt": self.opt.state_dict()}, self.out / "ckpt.pt")
 
+    def counted(self, calls):
+        """The averaged network; the list gets the number of images of every call."""
+        return lambda x, *rest: calls.append(len(x)) or self.ema(x, *rest)
+
     def finish(self, **facts):
         """Draw args.samples images, or args.evaluate, with the averaged network: samples.png, process.gif, process.png,
         samples.npz, and a row of quality.csv that begins with the sampler's facts (name=number)."""
         args, frames, chunks, calls = self.args, [], [], []
         torch.manual_seed(args.seed)
-        def net(x, *rest):
-            calls.append(len(x))
-            return self.ema(x, *rest)
-        start = time.perf_counter()
+        start, net = time.perf_counter(), self.counted(calls)
         for left in range(total := max(args.samples, args.evaluate or 0), 0, -500):
             chunks.append(self.draw(net, min(left, 500), None if chunks else frames).cpu())
             seconds = time.perf_counter() - start
@@ -355,7 +357,8 @@ class Run:
             self.print(f"draw   {done}/{total} images   {seconds / 60 * (total / done - 1):.1f} min left")
         x = torch.cat(chunks)
         require(x.isfinite().all(), "the samples are not finite: let the sampler take smaller steps")
-        self.print(f"drew   {len(x)} images in {seconds:.0f} s; see {self.out}/samples.png")
+        self.print(f"drew   {len(x)} images in {seconds:.0f} s, {sum(calls) / len(x):.0f} evaluations of the network an "
+                   f"image; see {self.out}/samples.png")
         toy.save_picture(toy.grid(x[:100], self.low), self.out / "samples.png")
         for suffix in ("gif", "png"):
             toy.save_process(frames, self.out / f"process.{suffix}", self.low)

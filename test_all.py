@@ -16,6 +16,7 @@ import common
 import toy
 import ncsn
 import ddpm
+import sde
 
 HERE = Path(__file__).resolve().parent
 M, S = 2.0, 0.5
@@ -722,6 +723,481 @@ class Diffusion(Case):
         middle = ddpm.slerp(a, b, torch.tensor(0.5))
         self.near(middle.norm() / a.norm(), 1, 1e-4)                       # on the sphere, half way
         self.near((middle - a).norm(), (middle - b).norm(), 1e-3)
+
+def one_hot_noise(count):
+    """A stand-in for torch.randn_like: the k-th call returns the k-th unit vector of the batch, so that a batch holds the
+    coefficients of independent N(0, 1) and mean and variance of a linear sampler come out exactly."""
+    return lambda x: torch.zeros_like(x).index_fill(0, torch.tensor([next(count)]), 1.0)
+
+class SDEs(Case):
+    """sde.py, with the exact eps(y, sigma) of data N(M, S^2) where the network belongs."""
+    sdes = {"ve": sde.VE(0.01, 34.0), "vp": sde.VP(), "subvp": sde.SubVP(), "edm": sde.EDM()}
+
+    def exact(self, m=M, s=S):
+        return lambda y, sigma, label=None: sigma.view(-1, 1, 1, 1) * (y - m) / (s ** 2 + sigma.view(-1, 1, 1, 1) ** 2)
+
+    def test_kernels_solve_their_sdes(self):
+        for name, e in self.sdes.items():
+            t = torch.linspace(e.eps, e.T, 40, dtype=torch.float64).requires_grad_()
+            a, s = e.kernel(t)
+            da, = torch.autograd.grad(a.sum(), t, retain_graph=True) if name in ("vp", "subvp") else (t * 0,)
+            dv, = torch.autograd.grad((s ** 2).sum(), t)
+            f = e.f(torch.ones_like(t), t)                                 # f(x, t) = f(1, t) x
+            self.near(da / a, f, 1e-9)                                     # E x(t) = a x(0):   a' = f a
+            self.near(dv / (2 * f * s ** 2 + e.g(t) ** 2), 1, 1e-9)        # Var x(t) = s^2:    (s^2)' = 2 f s^2 + g^2
+            self.near(e.time(s / a) / t, 1, 1e-9)
+        end = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        self.near(self.sdes["ve"].kernel(end)[1], [0.01, 34], 1e-12)
+        self.near(self.sdes["ve"].g(end), [0.01 * math.sqrt(2 * math.log(3400)), 34 * math.sqrt(2 * math.log(3400))], 1e-9)
+        a, s = self.sdes["vp"].kernel(end)
+        self.near(a, [1, math.exp(-(0.1 + 20) / 4)], 1e-12)
+        self.near(a ** 2 + s ** 2, 1, 1e-12)
+        self.near(self.sdes["subvp"].kernel(end)[1], 1 - a ** 2, 1e-12)
+        self.near(self.sdes["vp"].g(end) ** 2, [0.1, 20], 1e-12)
+        self.assertEqual([e.prior for e in self.sdes.values()], [34, 1, 1, 80])
+        self.near(sde.sigma_range(self.sdes["edm"]), [0.002, 80], 1e-12)
+
+    def test_no_cancellation_near_0(self):
+        for name in ("vp", "subvp"):
+            t = torch.logspace(-5, 0, 60)
+            s, exact = (self.sdes[name].kernel(v)[1].double() for v in (t, t.double()))
+            self.near(s / exact, 1, 2e-6)
+            self.near(self.sdes[name].time((lambda a, s: s / a)(*self.sdes[name].kernel(t))) / t, 1, 1e-4)
+        self.assertGreater(((1 - (-self.sdes["vp"].B(t)).exp()) / (exact * 0 + self.sdes["vp"].kernel(t.double())[1] ** 2)
+                            - 1).abs().max(), 0.005)                       # what the naive way loses
+
+    def test_grids(self):
+        for name, e in self.sdes.items():
+            ts = sde.times(e, 10)
+            self.near(ts, e.T + (e.eps - e.T) * torch.arange(11, dtype=torch.float64) / 10, 1e-12)
+            a, s = e.kernel(sde.times(e, 10, 7.0))
+            low, high = sde.sigma_range(e)
+            self.near((s / a) ** (1 / 7), torch.linspace(high ** (1 / 7), low ** (1 / 7), 11), 1e-5)
+
+    def test_transitions_are_exact_and_those_of_the_papers(self):
+        for name, e in self.sdes.items():
+            t, u, v = (torch.tensor(k, dtype=torch.float64) * e.T for k in (0.9, 0.5, 0.2))
+            (r1, G1), (r2, G2), (r, G) = sde.transition(e, t, u), sde.transition(e, u, v), sde.transition(e, t, v)
+            self.near(r1 * r2 / r, 1, 1e-9)                                # two steps are one
+            self.near((r1 ** 2 * G2 + G1) / G, 1, 1e-9)
+            self.assertGreater(G1, 0)
+        beta = common.linear_betas(1000)
+        abar = torch.cat([torch.ones(1), (1 - beta).cumprod(0)])
+        e = self.sdes["vp"]
+        t = e.time(((1 - abar) / abar).sqrt())
+        r, G = sde.transition(e, t[300], t[299])
+        self.near([r ** 2, G], [1 - beta[299], beta[299]], 1e-9)           # eq. (10)
+        self.near(1000 * t, torch.arange(1001), 4)                         # DDPM is the VP SDE at t = i / N, but for 1/N
+
+    def test_ddpm_is_the_discretised_vp_sde(self):
+        abar, e = ddpm.schedule("linear", 1000), self.sdes["vp"]
+        x, drawn, net = torch.randn(50, 1, 2, 2), [], Diffusion().exact()
+        ts = e.time(((1 - abar) / abar).sqrt()).flip(0)[:-1]               # t_1000 ... t_1
+        score = sde.make_score(self.exact(), e)
+        for draw in (lambda: ddpm.sample(net, x, abar), lambda: sde.ancestral(score, e, x, ts)):
+            torch.manual_seed(1)
+            drawn.append(draw())
+        self.near(*drawn, 1e-4)
+
+    def test_ncsn_is_the_discretised_ve_sde(self):
+        sigma = common.geometric_sigmas(34.0, 0.01, 30)
+        e = self.sdes["ve"]
+        self.near(e.kernel(sde.times(sde.VE(0.01, 34.0, 1e-12), 29))[1] / sigma, 1, 1e-9)      # the ladder, in equal steps
+        for sigma, alpha in ((30.0, 1.0), (0.2, 0.6)):                     # Algorithm 4 or 5 where score = -x / sigma^2:
+            x, z, eps = sigma * torch.randn(20_000, 1, 1, 1), [], 2 * alpha * (0.16 * sigma) ** 2    # ~ sigma^2, as alpha_i
+            new = sde.correct(lambda x, t, i=None: -x / sigma ** 2, x, None, 0.16, alpha)
+            noise = (new - (1 - eps / sigma ** 2) * x) / sigma
+            self.near([noise.std() * sigma / math.sqrt(2 * eps), (noise * x / sigma).mean()], [1, 0], 0.02)
+        seen = []
+        score = lambda x, t, i=None: seen.append(float(t)) or -(x - M) / (S ** 2 + e.kernel(t)[1] ** 2)
+        sde.langevin(score, e, 34 * torch.randn(10, 1, 1, 1), sde.times(e, 3), M=2)
+        self.near(seen, sde.times(e, 3)[[1, 1, 2, 2, 3, 3, 3]], 1e-9)      # M steps where each of the levels is, and Tweedie
+        del seen[:]
+        sde.pc(score, e, 34 * torch.randn(10, 1, 1, 1), sde.times(e, 3), M=2)
+        self.near(seen, sde.times(e, 3)[[0, 1, 1, 1, 2, 2, 2, 3, 3, 3]], 1e-9)
+
+    def moments(self, name, e, N, rho=None):
+        """Mean and variance of x(eps), exactly, by a sampler that is linear in x, before the last Tweedie step."""
+        K = N + 3                                                          # constant, x(T), noises
+        x, unit = torch.zeros(K, 1, 1, 1, dtype=torch.float64), torch.zeros(K, 1, 1, 1, dtype=torch.float64)
+        x[1], unit[0] = e.prior, 1
+        def eps(y, sigma, label=None):
+            sigma = sigma.view(-1, 1, 1, 1)
+            return sigma * (y - M * unit) / (S ** 2 + sigma ** 2)
+        score = sde.make_score(eps, e)
+        with mock.patch.object(sde.torch, "randn_like", one_hot_noise(itertools.count(2))), \
+                mock.patch.object(sde, "tweedie", lambda score, sde, x, t: x):
+            x = sde.heun(score, e, x, N) if name == "heun" else getattr(sde, name)(score, e, x, sde.times(e, N, rho))
+        return x[0].item(), x[1:].square().sum().item()
+
+    def test_errors_fall_with_the_order_of_the_sampler(self):
+        for name, e in self.sdes.items():
+            a, s = (v.item() for v in e.kernel(torch.tensor(e.eps, dtype=torch.float64)))
+            target = math.sqrt(a ** 2 * S ** 2 + s ** 2)
+            for sampler in ("em", "reverse", "ancestral"):
+                grid = (7.0 if name == "edm" else None,)
+                std = [math.sqrt(self.moments(sampler, e, N, *grid)[1]) for N in (200, 400, 800)]
+                error = [abs(v - target) for v in std]
+                slopes = [math.log2(p / q) for p, q in zip(error, error[1:])]
+                # of first order: twice the steps, half the error; VE's em errs even less, its first term vanishes
+                self.near(slopes, 2 if (name, sampler) == ("ve", "em") else 1, 0.1)
+                self.near(std[-1] / target, 1, 0.02)
+            high, a = sde.sigma_range(e)[1], e.kernel(torch.tensor(e.T, dtype=torch.float64))[0].item()
+            shrink = S / math.sqrt(S ** 2 + high ** 2)                     # the ODE from x(T) = 0 + prior z ends at
+            mean, std = M * (1 - shrink), shrink * e.prior / a             # M + shrink (x(T) / a - M)
+            found = [self.moments("heun", e, N) for N in (32, 64)]
+            p, q = (abs(math.sqrt(var) - std) for _, var in found)
+            self.near(math.log2(p / q), 2, 0.25)                           # of second order
+            self.near(found[-1][0], mean, 1e-3)
+
+    def drawn(self, name, e, score, x, N=1000, rho=None):
+        """What the sampler of this name draws from x."""
+        grid = sde.times(e, N, 7.0 if isinstance(e, sde.EDM) else rho)
+        options = {"ode": (1e-6,), "heun": (100,), "adaptive": (0.02, 0.0078, 0.5), "langevin": (grid, 0.3, 3), "pc": (grid, 0.16, 1)}
+        return sde.SAMPLERS[name](score, e, x, *options.get(name, (grid,)))
+
+    def test_every_sampler_with_every_sde_reaches_mean_and_variance(self):
+        for name, e in self.sdes.items():
+            score = sde.make_score(self.exact(), e)
+            sigma = sde.sigma_range(e)[0]
+            final = S ** 2 / math.sqrt(S ** 2 + sigma ** 2)                # std of E[x(0) | x(eps)]
+            for sampler in sde.SAMPLERS:
+                n = 500 if sampler == "adaptive" else 8000
+                x = self.drawn(sampler, e, score, e.prior * torch.randn(n, 1, *([8, 8] if n == 500 else [1, 1])),
+                               1000 if sampler == "langevin" else 400)
+                drift = {"ode": 0.06, "heun": 0.06}.get(sampler, 0.03)     # the ODE keeps x(T)'s missing mean, VE's most
+                self.near(x.mean(), M, drift)
+                # 8000 draws: 0.8 %; Euler at N = 400: 1.5 %; a Langevin step of snr r: 1 / sqrt(1 - r^2), 4.8 % at 0.3
+                inflation = 1 / math.sqrt(1 - 0.09) if sampler == "langevin" else 1
+                self.near(x.std() / final / inflation, 1, 0.035)
+
+    def test_point_mass_and_the_last_noise(self):
+        for e in self.sdes.values():
+            score = sde.make_score(self.exact(s=0.0), e)
+            x = e.prior * torch.randn(400, 1, 4, 4)
+            a, s = (v.item() for v in e.kernel(torch.tensor(e.eps)))
+            for sampler in sde.SAMPLERS:
+                self.near(self.drawn(sampler, e, score, x, 100), M, 1e-3)
+                if sampler not in ("heun", "langevin"):                    # x(eps) ~ N(a M, s^2), and only s
+                    with mock.patch.object(sde, "tweedie", lambda score, sde, x, t: x):
+                        last = self.drawn(sampler, e, score, x, 1000, 7.0)
+                    rms = (last - a * M).square().mean().sqrt()
+                    self.near(last.mean() / (a * M), 1, 0.005)
+                    if sampler == "adaptive" and s < 0.0078:               # it does not look closer than one grey level
+                        self.assertLess(rms, 0.03)
+                    else:
+                        self.near(rms / s, 1, 0.07)
+
+    def test_ode_and_sde_have_the_same_marginals(self):
+        for e in self.sdes.values():
+            score = sde.make_score(self.exact(), e)
+            a, s = e.kernel(torch.tensor(e.T))
+            x, ts = a * M + (a ** 2 * S ** 2 + s ** 2).sqrt() * torch.randn(8000, 1, 1, 1), sde.times(e, 800, 7.0)
+            with mock.patch.object(sde, "tweedie", lambda score, sde, x, t: x):
+                for k in (200, 350, 500, 650, 800):
+                    a, s = e.kernel(ts[k])
+                    v = (a * S) ** 2 + s ** 2
+                    for drawn in (sde.em(score, e, x, ts[:k + 1]), sde.rk45(sde.flow(score, e), x, e.T, ts[k].item(), 1e-6)):
+                        self.near((drawn.mean() - a * M) / v.sqrt(), 0, 0.045)         # four standard errors
+                        self.near(drawn.std() / v.sqrt(), 1, 0.035)
+
+    def test_runge_kutta(self):
+        x = torch.rand(20, 3, dtype=torch.float64) + 0.5
+        rate, calls = torch.linspace(0.1, 3, 20, dtype=torch.float64)[:, None], []
+        def fun(x, t, i):
+            calls.append(len(x))
+            return -rate[i] * x * t
+        for t0, t1 in ((0.0, 2.0), (2.0, 0.5)):
+            for tol in (1e-4, 1e-8):
+                exact = x * (rate * (t0 ** 2 - t1 ** 2) / 2).exp()
+                self.near(sde.rk45(fun, x, t0, t1, tol) / exact, 1, 100 * tol)
+        del calls[:]
+        together = sde.rk45(fun, x, 0.0, 2.0, 1e-6)
+        cost = sum(calls)
+        for k in (0, 10, 19):                                              # no sample depends on the others
+            alone = sde.rk45(lambda x, t, i: -rate[k] * x * t, x[k:k + 1], 0.0, 2.0, 1e-6)
+            self.near(alone, together[k], 1e-12)
+        self.assertEqual(calls[0], 20)
+        self.assertLess(cost, 20 * len(calls) * 0.9)                       # those that have arrived cost nothing
+        with self.assertRaises(common.UserError):
+            sde.rk45(lambda x, t, i: x * math.nan, x, 0.0, 1.0, 1e-6)
+        errors = [(sde.rk45(fun, x, 0.0, 1.0, tol) - x * (-rate / 2).exp()).abs().max() for tol in (1e-3, 1e-6)]
+        self.assertGreater(errors[0] / errors[1], 100)
+
+    def test_loss_at_the_exact_score_is_its_closed_form(self):
+        x0 = data(40_000)
+        t = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+        def net(precond, sd):                                              # returns what the preconditioning asks for
+            def f(x, noise, label):
+                sigma = (noise * (4 if precond == "edm" else 1)).exp().view(-1, 1, 1, 1)
+                y = x * (sigma ** 2 + sd ** 2).sqrt()
+                D = (M * sigma ** 2 + S ** 2 * y) / (S ** 2 + sigma ** 2)
+                if precond == "eps":
+                    return (y - D) / sigma
+                return (D - sd ** 2 / (sigma ** 2 + sd ** 2) * y) / (sigma * sd / (sigma ** 2 + sd ** 2).sqrt())
+            return f
+        for name, e in self.sdes.items():
+            low, high = sde.sigma_range(e)
+            for precond, sd in (("eps", 0.5), ("edm", 0.5), ("edm", 1.0)):
+                if name == "edm":                                          # log sigma ~ N(-1.2, 1.2^2), lambda of table 1
+                    sigma = (-1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * t[1:-1] - 1)).exp()
+                    exact = (S ** 2 / (S ** 2 + sigma ** 2) * (sigma ** 2 + sd ** 2) / sd ** 2).mean()
+                    self.near(sde.loss(net(precond, sd), x0, e, precond=precond, sigma_data=sd) / exact, 1, 0.04)
+                    continue
+                a, s = e.kernel(e.eps + t * (1 - e.eps))
+                exact = (S ** 2 / (S ** 2 + (s / a) ** 2)).mean()          # t uniform, lambda = s^2
+                self.near(sde.loss(net(precond, sd), x0, e, precond=precond, sigma_data=sd) / exact, 1, 0.03)
+                sigma = low * (high / low) ** t                            # log sigma uniform, lambda = g^2 / s^2 s^2
+                exact = (S ** 2 / (S ** 2 + sigma ** 2)).mean()
+                drawn = sde.loss(net(precond, sd), x0, e, weighting="likelihood", precond=precond, sigma_data=sd)
+                self.near(drawn / exact, 1, 0.03)
+                t_, = (e.eps + t * (1 - e.eps),)
+                direct = (e.g(t_) ** 2 / e.kernel(t_)[1] ** 2 * S ** 2 / (S ** 2 + (s / a) ** 2))[1:].mean() * (1 - e.eps) / 2
+                self.near(direct / (exact * math.log(high / low)), 1, 0.01)          # the same integral, without importance
+            self.near(sde.loss(lambda x, n, l: (x * (n.exp().view(-1, 1, 1, 1) ** 2 + 1).sqrt() - M) / n.exp().view(-1, 1, 1, 1),
+                               torch.full((1000, 1, 1, 1), M), e), 0, 1e-3)
+
+    def test_an_edm_network_of_zeros_is_exact_on_its_own_data(self):
+        x0 = 0.5 * torch.randn(50_000, 1, 1, 1)                            # N(0, sigma_data^2): D = c_skip y
+        self.near(sde.loss(lambda x, n, l: torch.zeros_like(x), x0, self.sdes["edm"], precond="edm", sigma_data=0.5), 1, 0.02)
+        seen, y, sigma = [], torch.randn(3, 1, 2, 2), torch.tensor([0.01, 1.0, 30.0])
+        sde.eps_theta(lambda x, n, l: seen.append((x, n)) or x, y, sigma, None, "edm", 0.5)
+        self.near(seen[0][0], y / (sigma ** 2 + 0.25).sqrt().view(-1, 1, 1, 1), 1e-6)                # c_in
+        self.near(seen[0][1], sigma.log() / 4, 1e-6)                                                # c_noise
+
+    def test_labels_are_passed_on_and_one_in_ten_hidden(self):
+        seen, label = [], torch.arange(20_000) % 10
+        sde.loss(lambda x, n, l: seen.append(l) or torch.zeros_like(x), data(20_000), self.sdes["vp"], label)
+        self.near((seen[0] == -1).float().mean(), 0.1, 0.01)
+        self.assertTrue(((seen[0] == label) | (seen[0] == -1)).all())
+
+    modes = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.5, -0.5]], dtype=torch.float64)
+    weights, width = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), 0.3
+
+    def mixture(self, sigma, y):
+        """log density of the mixture with noise sigma (B,) at y (B, 2, 1, 1), for each mode: (B, 3)."""
+        v = self.width ** 2 + sigma.view(-1, 1) ** 2
+        d2 = (y.flatten(1)[:, None] - self.modes.to(y)).square().sum(2)
+        return self.weights.to(y).log() - d2 / (2 * v) - (2 * math.pi * v).log()
+
+    def mixture_eps(self, y, sigma, label=None):
+        v = (self.width ** 2 + sigma ** 2).view(-1, 1)
+        p = self.mixture(sigma, y).softmax(1) if label is None else torch.eye(3).to(y)[label]
+        score = (p @ self.modes.to(y) - y.flatten(1)) / v
+        return -(sigma.view(-1, 1) * score).view_as(y)
+
+    def test_likelihood_of_a_mixture(self):
+        k = torch.multinomial(self.weights, 1000, replacement=True)
+        x = (self.modes[k] + self.width * torch.randn(1000, 2, dtype=torch.float64)).view(-1, 2, 1, 1)
+        exact = self.mixture(torch.zeros(1000, dtype=torch.float64), x).logsumexp(1)
+        for e in (sde.VP(eps=1e-5), sde.SubVP(eps=1e-4), sde.VE(0.001, 60.0), sde.EDM()):
+            score = sde.make_score(self.mixture_eps, e)
+            logp, x_T = sde.log_likelihood(score, e, x, 1e-6, probes=0)
+            self.near(logp[:, 0].mean(), exact.mean(), 0.01)
+            self.near(logp[:, 0], exact, 0.1)
+            back = sde.rk45(sde.flow(score, e), x_T, e.T, e.eps, 1e-6)     # encode, decode
+            self.near(back, x, 1e-3)
+            estimate, _ = sde.log_likelihood(score, e, x[:300], 1e-4, probes=4)
+            error = (estimate - logp[:300]).mean(1)
+            self.near(error.mean(), 0, 4 * error.std() / math.sqrt(300))   # unbiased
+            self.near(error.std() / (estimate.std(1).square().mean().sqrt() / 2), 1, 0.25)     # within its printed error
+            self.assertGreater(error.std(), 0.01)
+
+    def test_bits_of_a_uniform_and_of_a_gaussian(self):
+        u = torch.randint(0, 256, (400, 1, 2, 2)).double()
+        for transform in ("none", "logit"):
+            torch.manual_seed(3)
+            y, logdet = sde.to_data(u / 127.5 - 1, transform)
+            torch.manual_seed(3)
+            v = ((u + torch.rand_like(u)) / 256).requires_grad_()
+            w = 1e-6 + (1 - 2e-6) * v
+            z = 2 * v - 1 if transform == "none" else (w / (1 - w)).log() / 6
+            self.near(y, z, 1e-9)
+            slope, = torch.autograd.grad(z.sum(), v)
+            self.near(logdet, (slope / 256).log().flatten(1).sum(1), 1e-6)
+            logp = -(slope.log()).flatten(1).sum(1)                        # density of y where v is uniform on [0, 1]
+            self.near(-(logp + logdet) / 4 / math.log(2), 8, 1e-6)         # 256 equal grey levels: 8 bits
+            self.near(sde.from_data(y, transform), u / 127.5 - 1, 1e-9)    # and back, to the grey level
+        y = 0.1 + 0.2 * torch.randn(300, 1, 2, 2, dtype=torch.float64)
+        e = sde.VP(eps=1e-5)
+        logp, _ = sde.log_likelihood(sde.make_score(self.exact(0.1, 0.2), e), e, y, 1e-5)
+        bits = -logp[:, 0] / 4 / math.log(2) + 7                           # 7 = 8 - log2 of the range 2 for 256 levels
+        self.near(bits.mean(), math.log2(0.2 * 256 / 2 * math.sqrt(2 * math.pi * math.e)), 4 * bits.std() / math.sqrt(300) + 1e-3)
+
+    def test_guidance_is_bayes_rule(self):
+        y, label = torch.randn(30, 2, 1, 1), torch.arange(30) % 3
+        classifier = lambda y, sigma: self.mixture(sigma, y)               # logits of p(label | y), up to a constant
+        for e in self.sdes.values():
+            for t in (0.1 * e.T, 0.7 * e.T):
+                t = torch.tensor(t)
+                a, s = e.kernel(t)
+                at = lambda l: -self.mixture_eps(y, (s / a).expand(30).float(), l) / s
+                near = lambda score, exact: self.near(score(a * y, t) / exact.abs().max(), exact / exact.abs().max(), 1e-4)
+                free, one = at(None), at(label)
+                near(sde.make_score(self.mixture_eps, e, label, 1.0, classifier=classifier), one)            # eq. (14)
+                near(sde.make_score(self.mixture_eps, e, label, 3.0, classifier=classifier), free + 3 * (one - free))
+                null = lambda y, sigma, l: self.mixture_eps(y, sigma, None if (l == -1).all() else l)
+                near(sde.make_score(null, e, label, 0.0), one)
+                near(sde.make_score(null, e, label, 2.0), 3 * one - 2 * free)
+
+    def test_samplers_that_drop_samples_keep_their_labels(self):
+        e, label = self.sdes["vp"], torch.arange(60) % 3
+        x = torch.randn(60, 2, 1, 1)
+        score = sde.make_score(self.mixture_eps, e, label)
+        for name in ("ode", "adaptive", "heun"):
+            drawn = self.drawn(name, e, score, x).flatten(1)
+            for k in range(3):
+                self.near(drawn[label == k].mean(0), self.modes[k], 4 * self.width / math.sqrt(20))
+            self.near((drawn - self.modes[label]).std() / self.width, 1, 0.25)
+
+    def test_clip_and_frames(self):
+        for e in self.sdes.values():
+            frames, t = [], torch.tensor(0.3 * e.T)
+            score = sde.make_score(self.exact(), e, clip=True, frames=frames)
+            x = torch.randn(10, 1, 2, 2)
+            a, s = e.kernel(t)
+            D = sde.tweedie(sde.make_score(self.exact(), e), e, x, t)
+            self.assertGreater(D.max(), 1.3)
+            self.near(sde.tweedie(score, e, x, t), D.clamp(-1, 1), 1e-3)
+            self.near(frames[0].view(8, 2, 1, 2, 2)[:, 1], D[:8].clamp(-1, 1), 1e-3)
+            self.near(frames[0].view(8, 2, 1, 2, 2)[:, 0], x[:8] / (a ** 2 + s ** 2).sqrt(), 1e-5)
+            frames.clear()
+            sde.heun(sde.make_score(self.exact(), e, frames=frames), e, e.prior * x, 40)
+            self.assertTrue(20 < len(frames) < 33)
+
+    def test_denoisers_of_the_three_scripts_agree(self):
+        y = torch.randn(6, 1, 2, 2)
+        args = {"precond": "eps", "sigma_data": 1.0, "transform": "none", "train_classifier": False}
+        own = lambda x, noise, label: (lambda sig: self.exact()(x * (sig ** 2 + 1).sqrt(), sig.flatten()))(noise.exp().view(-1, 1, 1, 1))
+        half = lambda x, noise, label: gaussian((M + 1) / 2, S / 2)(x, noise)         # ncsn's images are in [0, 1]
+        def eps(x, t, label):                                              # ddpm's, between two steps too
+            table = ((1 - Diffusion.abar) / Diffusion.abar)[1:].log() / 2
+            i = t.floor().long().clamp(1, 999)
+            sigma = (table[i - 1] + (t - i) * (table[i] - table[i - 1])).exp().float()
+            return self.exact()(x * (1 + sigma ** 2).sqrt().view(-1, 1, 1, 1), sigma)
+        for script, net, a in (("sde", own, args), ("ncsn", half, {}), ("ddpm", eps, {"schedule": "linear", "T": 1000, "predict": "eps"})):
+            predict = sde.noise_predictor({"script": script, "args": a}, net)
+            for sigma in (0.02, 0.5, 20.0):
+                sigma = torch.full((6,), sigma)
+                self.near(predict(y, sigma), self.exact()(y, sigma), 3e-3)
+        D = sde.denoiser({"args": args}, own)
+        self.near(D(y, 0.5), (M * 0.25 + 0.25 * y) / 0.5, 1e-5)
+        self.near(D(y, torch.full((6,), 0.5)), D(y, 0.5), 1e-6)
+
+class SDERuns(Case):
+    """sde.py from its command line, on tiny images."""
+    def flags(self, *more):
+        return [*self.tiny()[:10], "--sampler", "heun", "--sample-steps", 3, *more]
+
+    def run_ok(self, *argv):
+        code, text, err = self.command(sde, *argv)
+        self.assertEqual((code, err), (0, ""), argv)
+        return text
+
+    def test_every_sde_trains_and_every_sampler_draws(self):
+        for name in ("vp", "ve", "subvp", "edm"):
+            out, calls = self.dir / name, []
+            self.run_ok(*self.flags("--sde", name, "--out", out, "--npz", "--classes"))
+            self.assertEqual(sorted(p.name for p in out.iterdir()), ["ckpt.pt", "log.csv", "loss.png", "process.gif",
+                             "process.png", "samples.npz", "samples.png"])
+            spies = {k: (lambda score, e, x, *rest, k=k: calls.append((k, type(e).__name__, *rest)) or sde.tweedie(score, e, x, torch.tensor(e.eps)))
+                     for k in sde.SAMPLERS}
+            with mock.patch.dict(sde.SAMPLERS, spies):
+                for k in sde.SAMPLERS:
+                    self.run_ok("--sample-only", "--out", out, "--sampler", k, "--sample-steps", 7, "--snr", 0.3, "--corrector-steps", 2,
+                                "--churn", 5, *(["--tol", 0.125] if k in ("ode", "adaptive") else []))
+            kind = {"vp": "VP", "ve": "VE", "subvp": "SubVP", "edm": "EDM"}[name]
+            for k, found, *rest in calls:
+                self.assertEqual(found, kind)
+                if k == "heun":
+                    self.assertEqual(rest, [7, 7, 5])
+                elif k in ("ode", "adaptive"):
+                    self.assertEqual(rest, [0.125])
+                else:
+                    e = sde.SDEs[name] if hasattr(sde, "SDEs") else SDEs.sdes[name]
+                    self.near(rest[0], sde.times(e, 7, 7.0 if name == "edm" else None), 1e-9)
+                    self.assertEqual(rest[1:], [0.3, 2] if k in ("langevin", "pc") else [])
+            text = self.run_ok("--sample-only", "--out", out, "--sampler", "heun", "--sample-steps", 4, "--label", 3)
+            self.assertIn("7 evaluations of the network an image", text)
+            self.run_ok("--sample-only", "--out", out, "--sampler", "em", "--sample-steps", 3, "--guidance", 2)
+
+    def test_training_gets_its_settings(self):
+        seen, real = [], sde.loss
+        spy = lambda net, y, e, *rest: seen.append((y, type(e), e.eps, rest)) or real(net, y, e, *rest)
+        with mock.patch.object(sde, "loss", spy):
+            self.run_ok(*self.flags("--weighting", "likelihood", "--precond", "edm", "--transform", "logit", "--sigma-data", 0.7,
+                                    "--out", self.dir / "a"))
+            self.run_ok(*self.flags("--sde", "subvp", "--eps", 1e-4, "--out", self.dir / "b"))
+        (y, kind, eps, rest), (z, kind_b, eps_b, rest_b) = seen[0], seen[-1]
+        self.assertEqual((kind, eps, rest[1:]), (sde.VP, 1e-5, (0.1, "likelihood", "edm", 0.7)))
+        self.assertEqual((kind_b, eps_b, rest_b[1:]), (sde.SubVP, 1e-4, (0.1, "paper", "eps", 1.0)))
+        self.assertGreater(y.abs().max(), 1)                               # logits / 6
+        self.assertTrue((z.abs() < 1).all())
+        self.assertGreater(len((128 * (z + 1)).frac().unique()), 50)       # dequantised
+
+    def test_classifier_guides_and_networks_of_the_other_scripts_are_drawn_from(self):
+        data = self.flags()[:2]
+        text = self.run_ok(*self.flags("--train-classifier", "--steps", 120, "--out", self.dir / "judge"))
+        self.assertTrue((self.dir / "judge" / "samples_000100.png").exists())
+        out = self.dir / "run"
+        self.run_ok(*self.flags("--out", out))
+        text = self.run_ok("--sample-only", "--out", out, *data, "--classifier", self.dir / "judge", "--label", 4, "--sampler", "em", "--sample-steps", 3)
+        self.command(ncsn, *self.tiny(), "--out", self.dir / "ncsn")
+        self.command(ddpm, *self.tiny()[:10], "--T", 30, "--out", self.dir / "ddpm")
+        kinds, real = [], sde.heun
+        for name, origin in (("ve", "ncsn"), ("vp", "ddpm"), ("vp", "run")):
+            with mock.patch.dict(sde.SAMPLERS, heun=lambda score, e, x, *rest: kinds.append((type(e), sde.sigma_range(e))) or real(score, e, x, *rest)):
+                self.run_ok("--from", self.dir / origin, *data, "--sampler", "heun", "--sample-steps", 3, "--out", self.dir / f"from-{origin}", "--samples", 9)
+            self.assertTrue((self.dir / f"from-{origin}" / "samples.png").exists())
+        self.near(kinds[0][1], [0.02, 2.0], 1e-3)                          # ncsn's 0.01 ... 1, for images in [-1, 1]
+        self.assertEqual([k for k, _ in kinds], [sde.VE, sde.VP, sde.VP])
+        text = self.run_ok("--from", self.dir / "ddpm", *data, "--strip", "samplers", "--sample-steps", 3, "--tol", 0.1, "--out", self.dir / "strip")
+        self.assertEqual(re.findall(r"strip  (\w+) +(\d+)", text)[:5], [("em", "4"), ("reverse", "4"), ("ancestral", "4"), ("langevin", "4"), ("pc", "7")])
+        with Image.open(self.dir / "strip" / "samplers.png") as im:
+            self.near(im.size[0] / im.size[1], (2 + 10 * 10) / (2 + 8 * 10), 0.01)
+
+    def test_bits_codes_and_strips(self):
+        data, out = self.flags()[:2], self.dir / "run"
+        self.run_ok(*self.flags("--out", out))
+        text = self.run_ok("--sample-only", "--out", out, *data, "--evaluate-bits", 20, "--probes", 3, "--tol", 1e-3)
+        rows = [list(map(float, r)) for r in csv.reader(open(out / "bits.csv"))]
+        self.assertEqual((len(rows), len(rows[0])), (20, 3))
+        mean = float(re.search(r"bits   ([\d.]+) \+- ([\d.]+) \(", text)[1])
+        self.near(mean, np.mean(rows), 1e-3)
+        self.assertTrue(8 < mean < 20, mean)                               # random bytes, a network of six steps: above 8
+        text = self.run_ok("--sample-only", "--out", out, *data, "--encode", out, "--tol", 1e-3)
+        r = [float(v) for v in re.findall(r"images: (-?[\d.]+) in the mean", text)]
+        self.near(r[0], 1, 1e-3)                                           # one network with itself
+        self.near(r[1], 0, 0.2)
+        text = self.run_ok("--sample-only", "--out", out, *data, "--strip", "interpolate")
+        self.assertLess(float(re.search(r"squared error ([\d.e-]+) of 255", text)[1]), 1)
+        self.assertTrue((out / "interpolate.png").exists())
+        self.assertFalse(common.load_checkpoint(out / "ckpt.pt")["args"].get("encode"))
+
+    def test_killed_or_interrupted_and_resumed_is_never_stopped(self):
+        flags = self.flags("--dropout", 0.1, "--samples", 1, "--steps", 40)
+        self.run_ok(*flags, "--out", self.dir / "whole")
+        real, steps = sde.loss, []
+        def stops(*a, **k):
+            steps.append(1)
+            if len(steps) == 25:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*a, **k)
+        with mock.patch.object(sde, "loss", stops):
+            self.assertEqual(self.command(sde, *flags, "--out", self.dir / "parts")[0], 130)
+        self.assertEqual(self.command(sde, "--resume", "--out", self.dir / "parts", *flags[:2])[0], 0)
+        self.same(self.dir / "parts", self.dir / "whole")
+
+    def test_bad_flags_are_one_sentence(self):
+        out = self.dir / "run"
+        self.command(sde, *self.flags("--out", out))
+        for flags, words in ((["--label", 1], "--label 1"), (["--guidance", 1], "--guidance"), (["--sde", "ve"], "--sde is vp"),
+                             (["--classifier", out], "no classifier"), (["--from", out], "--from"), (["--tol", 0], "--tol 0"),
+                             (["--transform", "logit"], "--transform is none"), (["--encode", self.dir / "no"], "no checkpoint"),
+                             (["--strip", "quality"], "quality.csv"), (["--evaluate-bits", 5, "--strip", "samplers"], "one at a time")):
+            code, _, err = self.command(sde, "--sample-only", "--out", out, *self.flags()[:2], *flags)
+            self.assertEqual((code, err.count("\n")), (2, 1), (flags, err))
+            self.assertIn(words, err)
 
 class Quality(Case):
     @classmethod
