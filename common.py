@@ -346,7 +346,7 @@ class Run:
 
     def finish(self, **facts):
         """Draw args.samples images, or args.evaluate, with the averaged network: samples.png, process.gif, process.png,
-        samples.npz, and a row of quality.csv that begins with the sampler's facts (name=number)."""
+        samples.npz, a row of quality.csv that begins with the sampler's facts (name=number). Returns them, uint8."""
         args, frames, chunks, calls = self.args, [], [], []
         torch.manual_seed(args.seed)
         start, net = time.perf_counter(), self.counted(calls)
@@ -357,8 +357,8 @@ class Run:
             self.print(f"draw   {done}/{total} images   {seconds / 60 * (total / done - 1):.1f} min left")
         x = torch.cat(chunks)
         require(x.isfinite().all(), "the samples are not finite: let the sampler take smaller steps")
-        self.print(f"drew   {len(x)} images in {seconds:.0f} s, {sum(calls) / len(x):.0f} evaluations of the network an "
-                   f"image; see {self.out}/samples.png")
+        self.print(f"drew   {len(x)} images in {seconds:.0f} s, {sum(calls) / len(x):.0f} evaluations of the network "
+                   f"an image; see {self.out}/samples.png")
         toy.save_picture(toy.grid(x[:100], self.low), self.out / "samples.png")
         for suffix in ("gif", "png"):
             toy.save_process(frames, self.out / f"process.{suffix}", self.low)
@@ -373,6 +373,7 @@ class Run:
                 writer = csv.DictWriter(f, row := {**row, "flags": " ".join(sys.argv[1:])})
                 writer.writeheader() if f.tell() == 0 else None
                 writer.writerow(row)
+        return x
 
 # ---------------------------------------------------------------------------------------------------- quality
 def classifier(name, data_dir="data", device="cpu", epochs=5, batch=128):

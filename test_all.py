@@ -1026,7 +1026,9 @@ class SDEs(Case):
 
     def test_guidance_is_bayes_rule(self):
         y, label = torch.randn(30, 2, 1, 1), torch.arange(30) % 3
-        classifier = lambda y, sigma: self.mixture(sigma, y)               # logits of p(label | y), up to a constant
+        def classifier(x, noise, label):                                   # logits of p(label | y), as two pixels' mean
+            logits = self.mixture(noise.exp(), x * (noise.exp() ** 2 + 1).sqrt().view(-1, 1, 1, 1))
+            return torch.stack([logits - 1, logits + 1], dim=2)[..., None]
         for e in self.sdes.values():
             for t in (0.1 * e.T, 0.7 * e.T):
                 t = torch.tensor(t)
@@ -1050,20 +1052,24 @@ class SDEs(Case):
                 self.near(drawn[label == k].mean(0), self.modes[k], 4 * self.width / math.sqrt(20))
             self.near((drawn - self.modes[label]).std() / self.width, 1, 0.25)
 
-    def test_clip_and_frames(self):
+    def test_frames(self):
         for e in self.sdes.values():
-            frames, t = [], torch.tensor(0.3 * e.T)
-            score = sde.make_score(self.exact(), e, clip=True, frames=frames)
-            x = torch.randn(10, 1, 2, 2)
-            a, s = e.kernel(t)
-            D = sde.tweedie(sde.make_score(self.exact(), e), e, x, t)
-            self.assertGreater(D.max(), 1.3)
-            self.near(sde.tweedie(score, e, x, t), D.clamp(-1, 1), 1e-3)
-            self.near(frames[0].view(8, 2, 1, 2, 2)[:, 1], D[:8].clamp(-1, 1), 1e-3)
+            frames, t, x = [], torch.tensor(0.3 * e.T), torch.randn(10, 1, 2, 2)
+            score, (a, s) = sde.make_score(self.exact(), e, frames=frames), e.kernel(t)
+            D = sde.tweedie(score, e, x, t)
             self.near(frames[0].view(8, 2, 1, 2, 2)[:, 0], x[:8] / (a ** 2 + s ** 2).sqrt(), 1e-5)
-            frames.clear()
-            sde.heun(sde.make_score(self.exact(), e, frames=frames), e, e.prior * x, 40)
-            self.assertTrue(20 < len(frames) < 33)
+            self.near(frames[0].view(8, 2, 1, 2, 2)[:, 1], D[:8], 1e-3)
+            for name in ("heun", "ode", "em"):
+                frames.clear()
+                self.drawn(name, e, sde.make_score(self.exact(), e, frames=frames), e.prior * x, 400)
+                self.assertTrue(5 < len(frames) < 33, len(frames))
+
+    def test_the_score_builds_a_graph_only_for_an_x_that_wants_one(self):
+        net = nn.Conv2d(1, 1, 1)
+        score = sde.make_score(lambda y, sigma, label: net(y), self.sdes["vp"])
+        x, t = torch.randn(2, 1, 4, 4), torch.tensor(0.5)
+        self.assertFalse(score(x, t).requires_grad)
+        self.assertTrue(score(x.requires_grad_(), t).requires_grad)
 
     def test_denoisers_of_the_three_scripts_agree(self):
         y = torch.randn(6, 1, 2, 2)
@@ -1118,19 +1124,18 @@ class SDERuns(Case):
                     self.near(rest[0], sde.times(e, 7, 7.0 if name == "edm" else None), 1e-9)
                     self.assertEqual(rest[1:], [0.3, 2] if k in ("langevin", "pc") else [])
             text = self.run_ok("--sample-only", "--out", out, "--sampler", "heun", "--sample-steps", 4, "--label", 3)
-            self.assertIn("7 evaluations of the network an image", text)
+            self.assertIn("7 evaluations of the network", text)
             self.run_ok("--sample-only", "--out", out, "--sampler", "em", "--sample-steps", 3, "--guidance", 2)
 
     def test_training_gets_its_settings(self):
         seen, real = [], sde.loss
         spy = lambda net, y, e, *rest: seen.append((y, type(e), e.eps, rest)) or real(net, y, e, *rest)
         with mock.patch.object(sde, "loss", spy):
-            self.run_ok(*self.flags("--weighting", "likelihood", "--precond", "edm", "--transform", "logit", "--sigma-data", 0.7,
-                                    "--out", self.dir / "a"))
+            self.run_ok(*self.flags("--weighting", "likelihood", "--precond", "edm", "--transform", "logit", "--out", self.dir / "a"))
             self.run_ok(*self.flags("--sde", "subvp", "--eps", 1e-4, "--out", self.dir / "b"))
         (y, kind, eps, rest), (z, kind_b, eps_b, rest_b) = seen[0], seen[-1]
-        self.assertEqual((kind, eps, rest[1:]), (sde.VP, 1e-5, (0.1, "likelihood", "edm", 0.7)))
-        self.assertEqual((kind_b, eps_b, rest_b[1:]), (sde.SubVP, 1e-4, (0.1, "paper", "eps", 1.0)))
+        self.assertEqual((kind, eps, rest[1:]), (sde.VP, 1e-5, (0.1, "likelihood", "edm")))
+        self.assertEqual((kind_b, eps_b, rest_b[1:]), (sde.SubVP, 1e-4, (0.1, "paper", "eps")))
         self.assertGreater(y.abs().max(), 1)                               # logits / 6
         self.assertTrue((z.abs() < 1).all())
         self.assertGreater(len((128 * (z + 1)).frac().unique()), 50)       # dequantised
