@@ -1413,6 +1413,13 @@ class Network(Case):
             self.assertEqual((out.shape, out.device.type), (x.shape, "meta"))
         D = ddpm.denoiser({"args": {"schedule": "linear", "T": 30, "predict": "v"}}, net, "meta")
         self.assertEqual(D(x, 0.1).device.type, "meta")
+        for e in SDEs.sdes.values():
+            for weighting, precond in (("paper", "eps"), ("likelihood", "edm")):
+                sde.loss(net, x, e, label, weighting=weighting, precond=precond).backward()
+            score, ts = sde.make_score(lambda y, sigma, c: sde.eps_theta(net, y, sigma, c), e, label, 1.0), sde.times(e, 4, 7.0)
+            for draw in (sde.em, sde.reverse, sde.ancestral, sde.langevin, sde.pc):
+                self.assertEqual(draw(score, e, x, ts).device.type, "meta")
+            self.assertEqual(sde.heun(score, e, x, 4, churn=2.0).device.type, "meta")
 
 class Images(Case):
     def idx(self, name="mnist", n=3):
