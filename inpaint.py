@@ -18,7 +18,7 @@ Differs  one view instead of three time scales; step sizes of the corrector by s
     python inpaint.py --exact                                  # every method against closed forms, no run needed
     python inpaint.py --tint mnist                             # coloured digits to train a colour run on
 """
-import argparse, csv, math, time
+import argparse, csv, io, math, time
 from pathlib import Path
 from typing import Callable, NamedTuple
 import numpy as np
@@ -46,7 +46,7 @@ def view(ckpt, net=None, device="cpu"):
         abar = ddpm.schedule(args.schedule, args.T)
         low, high = ((1 - abar[[1, -1]]) / abar[[1, -1]]).sqrt().tolist()
     else:
-        low, high = sde.sigma_range(args)
+        low, high = sde.sigma_range(sde.make_sde(args))
     return D, (low, min(high, 80.0))
 
 def load(ckpt, device):
@@ -221,7 +221,7 @@ def conditional(means, covs, weights, A, b, noise=0.0):
     return mean, torch.einsum("k,kde->de", w, covs - K @ A @ covs + torch.einsum("kd,ke->kde", m - mean, m - mean))
 
 def examples():
-    """{name: (means, covs, weights)} in d = 8: a Gaussian of full covariance; two modes of which one half tells little."""
+    """{name: (means, covs, weights)}, d = 8: a Gaussian of full covariance; two modes of which a half tells little."""
     g = torch.Generator().manual_seed(1)
     L, m = torch.randn(8, 8, generator=g), torch.randn(8, generator=g)
     mode = torch.tensor([0.4, 0.4, 0.6, 0.6, 0.4, 0.4, -0.6, 0.6])
@@ -239,55 +239,61 @@ def errors(data, op, method, sigma, n=4000, **options):
     b = op.A(x0 + op.noise * torch.randn_like(x0))
     mean, cov = conditional(*data, A, A @ op.pinv(b).flatten(), op.noise)
     D = lambda x, s: calls.append(s) or exact(x, s)
-    x = sigma[0] * torch.randn(n, 1, 2, 4)
-    x = METHODS[method](D, b.expand(n, -1, -1, -1), op, x, sigma, **options).flatten(1)
-    return ((x.mean(0) - mean).norm() / cov.trace().sqrt()).item(), ((x.T.cov() - cov).norm() / cov.norm()).item(), len(calls)
+    b, x = b.expand(n, -1, -1, -1), sigma[0] * torch.randn(n, 1, 2, 4)
+    x = METHODS[method](D, b, op, impute(x, op, b, sigma[0]), sigma, **options).flatten(1)
+    error = (x.mean(0) - mean).norm() / cov.trace().sqrt(), (x.T.cov() - cov).norm() / cov.norm()
+    return error[0].item(), error[1].item(), len(calls)
 
-# each with about 300 evaluations, except the first, the last but one, and the limit of ald
-EXACT = [("ilvr", 40, {}), ("replace", 150, {}), ("replace", 43, {"T": 6}), ("repaint", 40, {}), ("repaint", 100, {"U": 10}),
-         ("dps", 300, {"zeta": 0.04}), ("ald", 30, {}), ("ald", 30, {"T": 100}), ("ald", 60, {"T": 200})]
+# (method, levels, options), each with about 300 evaluations, but for the way of repaint and ald to their limits
+EXACT = [("ilvr", 300, {}), ("replace", 150, {}), ("replace", 43, {"T": 6}),
+         ("dps", 300, {"zeta": 0.08}), ("dps", 300, {"zeta": 0.2}),
+         ("repaint", 40, {}), ("repaint", 100, {"U": 10}), ("ald", 30, {}), ("ald", 30, {"T": 100})]
 
 def report_exact():
     """--exact: a table of the errors of all methods on data whose conditional distribution is known."""
     print("half of 8 values given: errors of the conditional mean and covariance   " + "   ".join(examples()))
     for method, N, options in EXACT:
         sigma = levels(method, 0.02, 20.0, N)
-        rows = [errors(data, masked(draw_mask("right", 2, 4)), method, sigma, **options) for data in examples().values()]
-        name = method + "".join(f" {k} {v}" for k, v in options.items())
-        print(f"{name:24s}{rows[0][2]:6d} evaluations   " + "   ".join(f"{m:.3f} {c:.3f}" for m, c, _ in rows), flush=True)
+        rows = [errors(data, masked(draw_mask("right", 2, 4)), method, sigma, **options)
+                for data in examples().values()]
+        name = f"{method}, {N} levels" + "".join(f", {k} {v}" for k, v in options.items())
+        text = "   ".join(f"{mean:.3f} {cov:.3f}" for mean, cov, _ in rows)
+        print(f"{name:30s}{rows[0][2]:6d} evaluations   {text}", flush=True)
 
 # -------------------------------------------------------------------------------------------- from flags to files
 def tint(images, seed=0):
     """Grey uint8 images (N, 1, H, W) in a random hue each, (N, 3, H, W). The mean of the channels is half of the grey:
     it tells nothing of the hue."""
-    angle = 2 * math.pi * (torch.rand(len(images), 1, generator=torch.Generator().manual_seed(seed)) + torch.arange(3) / 3)
-    return (images * (0.5 + 0.35 * angle.cos())[:, :, None, None]).round().byte()
+    turn = torch.rand(len(images), 1, generator=torch.Generator().manual_seed(seed)) + torch.arange(3) / 3
+    return (images * (0.5 + 0.35 * (2 * math.pi * turn).cos())[:, :, None, None]).round().byte()
 
 def report_tint(name, data_dir):
     """--tint: 5000 training and 100 test images, tinted, as pictures in DATA_DIR/NAME-tinted and NAME-tinted-test."""
     for split, n, end in (("train", 5000, ""), ("test", 100, "-test")):
         images, _ = toy.load_images(name, data_dir, split)
         require(images.shape[1] == 1, f"--tint {name} has colours already")
+        folder = Path(data_dir) / f"{name}-tinted{end}"
         for i, image in enumerate(tint(images[:n])):
-            toy.save_picture(Image.fromarray(image.permute(1, 2, 0).numpy()), Path(data_dir) / f"{name}-tinted{end}" / f"{i:05d}.png")
-        print(f"saved  {min(n, len(images))} pictures in {data_dir}/{name}-tinted{end}")
+            toy.save_picture(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / f"{i:05d}.png")
+        print(f"saved  {min(n, len(images))} pictures in {folder}")
 
 def test_images(args, saved):
-    """(images uint8 (N, C, H, W), labels (N,) or None): --image, or --samples test images of the run from --index on."""
+    """(images uint8 (N, C, H, W), labels (N,) or None): --image, or --samples test images of the run from --index."""
     C, H, W = saved.shape
     if not args.image:
         images, labels = toy.load_images(saved.dataset, args.data_dir, "test", saved.size)
-        require(list(images.shape[1:]) == saved.shape, f"the run's images are {saved.shape}, those of {saved.dataset} are "
-                f"{list(images.shape[1:])} now: name pictures with --image")
+        require(list(images.shape[1:]) == saved.shape, f"{saved.dataset} is no longer what the run was trained on, "
+                f"images of {C} x {H} x {W}: name pictures with --image")
         some = slice(args.index, args.index + args.samples)
         require(args.index < len(images), f"--index {args.index}: {saved.dataset} has {len(images)} test images")
         return images[some], labels if labels is None else labels[some]
     pictures = []
     for path in args.image:
         picture = toy.read_picture(path, args.size or saved.size)
-        require(picture.size == (W, H), f"--image {path} is {picture.size[0]} x {picture.size[1]}, the run's images are "
-                f"{W} x {H}: give --size {H}, or resize it")
-        require(C == 3 or picture.mode == "L", f"--image {path} is in colour, the run's images are grey: convert it to grey")
+        w, h = picture.size
+        require((w, h) == (W, H), f"--image {path} is {w} x {h}, the run's images are {W} x {H}: give --size {H}, or "
+                "resize it")
+        require(C == 3 or picture.mode == "L", f"--image {path} is in colour, the run's images are grey: make it grey")
         pictures.append(torch.from_numpy(np.array(picture.convert("L" if C == 1 else "RGB"))).view(H, W, C))
     return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), None
 
@@ -308,14 +314,14 @@ def operator(args, C, H, W, device):
     return masked(hidden.to(device), args.noise), f"denoise-{args.noise:g}", hidden
 
 def complete(D, x0, op, method, sigma, K, frames=None, **options):
-    """(what was given, K completions, evaluations an image) of images x0 (N, C, H, W) in [-1, 1]: (N, ...), (N, K, ...).
-    frames: a list that gets x and D(x, sigma) of a completion of each of 8 images about thirty times."""
+    """(what was given (N, ...), K completions (N, K, ...), evaluations) of images x0 (N, C, H, W) in [-1, 1]. frames: a
+    list that gets x and D(x, sigma), of one completion of each of 8 images, at every tenth evaluation."""
     b = op.A(x0)
     b = (b + op.noise * torch.randn_like(b)).repeat_interleave(K, 0)
-    calls, every = [], 10
+    calls = []
     def watched(x, s):
         out = D(x, s).clamp(-1, 1)                                         # as images are
-        if frames is not None and len(calls) % every == 0:
+        if frames is not None and len(calls) % 10 == 0:
             frames.append(torch.stack([x[::K][:8], out[::K][:8]], 1).flatten(0, 1).detach().cpu())
         calls.append(s)
         return out
@@ -325,14 +331,15 @@ def complete(D, x0, op, method, sigma, K, frames=None, **options):
     return given, x.unflatten(0, (len(x0), K)), len(calls)
 
 def measure(x0, x, hidden, labels=None, judge=None):
-    """A row an image: PSNR in dB of the best completion and of their mean, standard deviation of a hidden pixel over
-    completions (in units of [0, 1]), share of completions with the label, their labels; x0 (N, ...), x (N, K, ...) uint8."""
+    """A row an image, x0 (N, ...), x (N, K, ...) uint8: PSNR in dB of the best completion and of their mean; standard
+    deviation of a hidden pixel over completions (white is 1); share of completions with the label, their labels."""
     a, b, rows = x0.float() / 255, x.float() / 255, []
     psnr = lambda a, b: -10 * (a - b).square().flatten(-3).mean(-1).clamp(min=1e-10).log10()
     std = (b.std(1) * hidden).flatten(1).sum(1) / hidden.sum() / x.shape[2] if x.shape[1] > 1 else torch.zeros(len(x))
     found = common.features(judge, x.flatten(0, 1))[1].argmax(1).view(x.shape[:2]) if judge else None
     for i in range(len(x)):
-        rows.append({"psnr_best": psnr(a[i], b[i]).max().item(), "psnr_mean": psnr(a[i], b[i].mean(0)).item(), "std": std[i].item()})
+        best, mean = psnr(a[i], b[i]).max(), psnr(a[i], b[i].mean(0))
+        rows.append({"psnr_best": best.item(), "psnr_mean": mean.item(), "std": std[i].item()})
         if judge:
             rows[-1] |= {"label": labels[i].item(), "right": (found[i] == labels[i]).float().mean().item(),
                          "labels": " ".join(map(str, found[i].tolist()))}
@@ -343,9 +350,9 @@ def main():
     add = p.add_argument
     add("run", nargs="?", help="folder of a run of ncsn.py, ddpm.py or sde.py: RUN/ckpt.pt")
     add("--task", choices=["inpaint", "super", "deblur", "denoise", "colorize"], default="inpaint", help="what to do")
-    add("--mask", default="left", help="what inpaint hides: left, right, top or bottom half, center (a square of half the "
-        "size), box (the same anywhere, by --seed), band (the middle third of the columns), random (single pixels), or FILE, "
-        "a picture of the images' size: white is known, black is filled in")
+    add("--mask", default="left", help="what inpaint hides: left, right, top or bottom half, center (a square of half "
+        "the size), box (the same anywhere, by --seed), band (the middle third of the columns), random (single "
+        "pixels), or FILE, a picture of the images' size: white is known, black is filled in")
     add("--keep", type=float, default=0.25, help="share of the pixels that --mask random leaves")
     add("--factor", type=int, default=4, help="of --task super: means of FACTOR x FACTOR pixels are given")
     add("--blur", type=float, default=1.5, help="of --task deblur: width of the Gaussian in pixels")
@@ -359,7 +366,7 @@ def main():
     add("--zeta", type=float, default=1.0, help="of dps: step size zeta' (paper: 0.3 to 1, of 1000 levels)")
     add("--samples", type=int, default=10, help="test images of the run's data set")
     add("--index", type=int, default=0, help="the first of them")
-    add("--image", nargs="+", help="instead of test images: your own pictures, of the run's size (or see --size) and colours")
+    add("--image", nargs="+", help="instead of test images: your own pictures, of the run's size (or see --size)")
     add("--size", type=int, help="centre-crop and resize --image to so many pixels squared")
     add("--completions", type=int, default=10, help="of each image")
     add("--data-dir", default="data", help="where data sets are kept")
@@ -380,8 +387,10 @@ def main():
     require(args.run, "name the folder of a run, as in: python inpaint.py runs/ddpm-mnist")
     require((path := Path(args.run) / "ckpt.pt").exists(), f"there is no {path}: name the folder of a run")
     ckpt = common.load_checkpoint(path)
-    require(ckpt["script"] in KINDS, f"{path} was made by {ckpt['script']}.py: only {', '.join(KINDS)} runs can be used")
+    require(ckpt["script"] in KINDS, f"{path} was made by {ckpt['script']}.py: only {', '.join(KINDS)} runs are known")
     device, saved = common.pick_device(args.device), argparse.Namespace(**ckpt["args"])
+    require(getattr(saved, "transform", "none") == "none" and not getattr(saved, "train_classifier", False),
+            f"{path} is no model of images in [-1, 1]: train without --transform and --train-classifier")
     common.keep_memory()
     D, (low, high) = view(ckpt, load(ckpt, device), device)
     images, labels = test_images(args, saved)
@@ -393,7 +402,7 @@ def main():
                "repaint": {"U": args.U, "jump": args.jump}, "ilvr": {}, "dps": {"zeta": args.zeta}}[method]
     sigma = levels(method, low, high, N)
     if op.noise:                                                           # b is a draw of this level: begin there
-        require(sigma[-2] < op.noise <= sigma[0], f"--noise {op.noise} is not between {sigma[-2]:.3g} and {sigma[0]:.3g}")
+        require(sigma[-2] < op.noise < sigma[0], f"--noise {op.noise} is not in {sigma[-2]:.3g} ... {sigma[0]:.3g}")
         sigma = [op.noise] + [s for s in sigma if s < op.noise]
     print(f"run    {args.run}: {ckpt['script']}, {saved.dataset}, {' x '.join(map(str, saved.shape))}, on {device}\n"
           f"given  {name}   method {method} {options}, {N} levels from {sigma[0]:.3g}", flush=True)
@@ -404,22 +413,24 @@ def main():
                               None if parts else frames, **options))
         done = sum(len(part[0]) for part in parts)
         seconds = time.perf_counter() - start
-        print(f"draw   {done}/{len(images)} images   {seconds / 60 * (len(images) / done - 1):.1f} min left", flush=True)
+        left = seconds / 60 * (len(images) / done - 1)
+        print(f"draw   {done}/{len(images)} images   {left:.1f} min left", flush=True)
     given, x = (toy.to_uint8(torch.cat([part[k] for part in parts]).cpu(), -1.0) for k in (0, 1))
     finite = all(part[1].isfinite().all() for part in parts)
     require(finite, "the completions are not finite: let the method take smaller steps, or a smaller --zeta")
     judge = common.classifier(saved.dataset, args.data_dir, device)[0] if labels is not None else None
-    rows, out = measure(images, x, hidden, labels, judge), Path(args.out or Path(args.run) / "inpaint") / f"{name}-{method}"
-    columns = {"image": range(args.index, args.index + len(rows))} if not args.image else {"image": args.image}
-    rows = [{"image": i, **row} for i, row in zip(columns["image"], rows)]
-    for row in rows:
-        print("image  " + "   ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    out = Path(args.out or Path(args.run) / "inpaint") / f"{name}-{method}"
+    names = args.image or range(args.index, args.index + len(images))
+    rows = [{"image": n, **row} for n, row in zip(names, measure(images, x, hidden, labels, judge))]
+    show = lambda row: "   ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+    print("\n".join(show(row) for row in rows))
     mean = {k: float(np.mean([row[k] for row in rows])) for k, v in rows[0].items() if isinstance(v, float)}
-    print(f"mean   " + "   ".join(f"{k} {v:.3f}" for k, v in mean.items()) + f"   {parts[0][2]} evaluations   {seconds:.1f} s")
+    print(f"mean   {show(mean)}   {parts[0][2]} evaluations   {seconds:.1f} s")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0])
+    writer.writeheader(), writer.writerows(rows)
     with common.aside(f"{out}.csv") as f:
-        keys = list(rows[0])
-        lines = [keys] + [[row[k] for k in keys] for row in rows]
-        f.writelines((",".join(map(str, line)) + "\n").encode() for line in lines)
+        f.write(table.getvalue().encode())
     sheet = torch.cat([images[:20, None], given[:20, None], x[:20, :10]], 1)
     toy.save_picture(toy.grid(sheet.flatten(0, 1) / 255, cols=sheet.shape[1]), f"{out}.png")
     final = x[:8, 0] / 127.5 - 1
