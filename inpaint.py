@@ -37,17 +37,15 @@ KINDS = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde}
 
 def view(ckpt, net=None, device="cpu"):
     """(D, (sigma_min, sigma_max)) of a checkpoint: the denoiser D(x, sigma) for images in [-1, 1], and the noise levels
-    that it was trained on, at most 80. net: instead of the checkpoint's averaged network."""
+    that it was trained on. net: instead of the checkpoint's averaged network."""
     kind, args = ckpt["script"], argparse.Namespace(**ckpt["args"])
     D = KINDS[kind].denoiser(ckpt, net, device)
     if kind == "ncsn":                                                     # images in [0, 1]: half of everything
         return lambda x, sigma: 2 * D((x + 1) / 2, sigma / 2) - 1, (2 * args.sigma_min, 2 * args.sigma_max)
     if kind == "ddpm":
         abar = ddpm.schedule(args.schedule, args.T)
-        low, high = ((1 - abar[[1, -1]]) / abar[[1, -1]]).sqrt().tolist()
-    else:
-        low, high = sde.sigma_range(sde.make_sde(args))
-    return D, (low, min(high, 80.0))
+        return D, tuple(((1 - abar[[1, -1]]) / abar[[1, -1]]).sqrt().tolist())
+    return D, sde.sigma_range(sde.make_sde(args))
 
 def load(ckpt, device):
     """The averaged network of a checkpoint, in bfloat16 where the hardware has it and the run did not decline."""
@@ -179,14 +177,14 @@ def ilvr(D, b, op, x, sigma):
     return x
 
 def dps(D, b, op, x, sigma, zeta=1.0):
-    """DPS, Algorithm 1: ancestral step, less zeta' / ||b - A x0|| grad ||b - A x0||^2 / 2 by x_t, back through D.
-    In the end, if b has no noise, what is known is put in."""
+    """DPS, Algorithm 1: an ancestral step, less zeta' times the gradient of ||b - A x0|| by x_t, back through D (the
+    authors' code; zeta_i = zeta' / ||b - A x0|| as printed gives twice that). In the end, what is known is put in."""
     for t, s in zip(sigma, sigma[1:]):
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             x0 = D(x, t)                                                   # line 4
             norm = (b - op.A(x0)).flatten(1).norm(dim=1)
-            grad, = torch.autograd.grad(norm.sum(), x)                     # of the norm: zeta' is zeta_i times it
+            grad, = torch.autograd.grad(norm.sum(), x)
         scale = math.sqrt((1 + t ** 2) * (1 + s ** 2))                     # x_t = x / sqrt(1 + t^2): its gradient, and
         x = step(x, x0, t, s).detach() - zeta * scale * grad               # back from x_{t-1}; lines 6, 7
     return x if op.noise else impute(x, op, b, 0.0)
@@ -194,9 +192,9 @@ def dps(D, b, op, x, sigma, zeta=1.0):
 METHODS = {"ald": ald, "replace": replace, "repaint": repaint, "ilvr": ilvr, "dps": dps}
 
 def levels(method, low, high, N):
-    """The noise levels of a method, as numbers: a geometric ladder for ald, else Karras' N levels and 0."""
+    """N noise levels, as numbers: a geometric ladder down to 0.1 for ald, else Karras' down to 0.02 and then 0."""
     if method == "ald":
-        return geometric_sigmas(min(high, 10.0), max(low, 0.1), N).tolist()
+        return geometric_sigmas(high, max(low, 0.1), N).tolist()
     return karras_sigmas(N, max(low, 0.02), high).tolist()
 
 # ------------------------------------------------------------------------------------- against closed forms
@@ -253,7 +251,7 @@ def report_exact():
     """--exact: a table of the errors of all methods on data whose conditional distribution is known."""
     print("half of 8 values given: errors of the conditional mean and covariance   " + "   ".join(examples()))
     for method, N, options in EXACT:
-        sigma = levels(method, 0.02, 20.0, N)
+        sigma = levels(method, 0.02, 10.0 if method == "ald" else 20.0, N)
         rows = [errors(data, masked(draw_mask("right", 2, 4)), method, sigma, **options)
                 for data in examples().values()]
         name = f"{method}, {N} levels" + "".join(f", {k} {v}" for k, v in options.items())
@@ -359,7 +357,9 @@ def main():
     add("--noise", type=float, default=0.5, help="of --task denoise: sigma, for images in [-1, 1]")
     add("--method", choices=["auto", *METHODS], default="auto", help="auto: repaint, and replace to denoise")
     add("--sample-steps", type=int, help="noise levels (None: ald 30, replace 140, repaint 40, ilvr 250, dps 100)")
+    add("--sigma-max", type=float, help="noise to start from (None: ald 10, others 20, or the run's largest)")
     add("--T", type=int, help="Langevin steps a level (None: ald 10, replace 1; papers: 100, 1)")
+    add("--eps", type=float, help="of ald: step size at the last level sigma_L (None: 0.4 sigma_L^2; paper: 0.2 ...)")
     add("--snr", type=float, default=0.16, help="of replace: step of the corrector (paper: 0.16 on CIFAR-10)")
     add("--U", type=int, default=7, help="of repaint: times that a level is passed (paper: 10)")
     add("--jump", type=int, default=1, help="of repaint: levels down and up again (paper: 10, of 250)")
@@ -398,9 +398,9 @@ def main():
     method = args.method if args.method != "auto" else "replace" if op.noise else "repaint"
     require(method != "ald" or not op.noise, "--method ald knows no noise in what is given: take another for denoise")
     N = args.sample_steps or {"ald": 30, "replace": 140, "repaint": 40, "ilvr": 250, "dps": 100}[method]
-    options = {"ald": {"T": args.T or 10}, "replace": {"T": 1 if args.T is None else args.T, "snr": args.snr},
-               "repaint": {"U": args.U, "jump": args.jump}, "ilvr": {}, "dps": {"zeta": args.zeta}}[method]
-    sigma = levels(method, low, high, N)
+    options = {"ald": {"T": args.T or 10, "eps": args.eps}, "repaint": {"U": args.U, "jump": args.jump}, "ilvr": {},
+               "replace": {"T": 1 if args.T is None else args.T, "snr": args.snr}, "dps": {"zeta": args.zeta}}[method]
+    sigma = levels(method, low, min(high, args.sigma_max or (10.0 if method == "ald" else 20.0)), N)
     if op.noise:                                                           # b is a draw of this level: begin there
         require(sigma[-2] < op.noise < sigma[0], f"--noise {op.noise} is not in {sigma[-2]:.3g} ... {sigma[0]:.3g}")
         sigma = [op.noise] + [s for s in sigma if s < op.noise]
@@ -428,7 +428,8 @@ def main():
     print(f"mean   {show(mean)}   {parts[0][2]} evaluations   {seconds:.1f} s")
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0])
-    writer.writeheader(), writer.writerows(rows)
+    writer.writeheader()
+    writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     with common.aside(f"{out}.csv") as f:
         f.write(table.getvalue().encode())
     sheet = torch.cat([images[:20, None], given[:20, None], x[:20, :10]], 1)
