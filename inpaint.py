@@ -359,7 +359,7 @@ def main():
     add("--sample-steps", type=int, help="noise levels (None: ald 30, replace 140, repaint 40, ilvr 250, dps 100)")
     add("--sigma-max", type=float, help="noise to start from (None: ald 10, others 20, or the run's largest)")
     add("--T", type=int, help="Langevin steps a level (None: ald 10, replace 1; papers: 100, 1)")
-    add("--eps", type=float, help="of ald: step size at the last level sigma_L (None: 0.4 sigma_L^2; paper: 0.2 ...)")
+    add("--eps", type=float, help="of ald: step size at the last level (None: 0.4 sigma_L^2; paper: 0.2 sigma_L^2)")
     add("--snr", type=float, default=0.16, help="of replace: step of the corrector (paper: 0.16 on CIFAR-10)")
     add("--U", type=int, default=7, help="of repaint: times that a level is passed (paper: 10)")
     add("--jump", type=int, default=1, help="of repaint: levels down and up again (paper: 10, of 250)")
