@@ -191,7 +191,12 @@ def settings(parser, script, may_be_0=(), not_kept=(), fixed=()):
         require(ok, f"--{k.replace('_', '-')} {v} is out of range")
     require(not args.evaluate or 10 <= args.evaluate <= 10_000, "--evaluate takes 10 to 10000, all test images")
     require(not args.evaluate or args.dataset in (*toy.SHA256, "cifar10"), f"--evaluate: {args.dataset} has no labels")
-    args.device = pick_device(args.device)
+    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.device = auto if args.device == "auto" else args.device
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]})") from e
     if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:                           # under torchrun
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
         torch.cuda.set_device(args.device) if "cuda" in args.device else None
@@ -199,15 +204,6 @@ def settings(parser, script, may_be_0=(), not_kept=(), fixed=()):
         require(args.batch_size % world == 0, f"--batch-size {args.batch_size} is no multiple of the {world} processes")
     torch.manual_seed(args.seed)                                                      # the network's first weights
     return args, ckpt
-
-def pick_device(name):
-    """The device that --device NAME means: auto is cuda, then mps, then cpu. UserError if it cannot be used."""
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=(name := auto if name == "auto" else name))
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]})") from e
-    return name
 
 def load_checkpoint(path, script=None):
     """What Run.save wrote (script, args, step, raw, ema, ...), no pickle run. UserError if damaged or another's."""

@@ -275,6 +275,15 @@ def report_tint(name, data_dir):
             toy.save_picture(Image.fromarray(image.permute(1, 2, 0).numpy()), folder / f"{i:05d}.png")
         print(f"saved  {min(n, len(images))} pictures in {folder}")
 
+def pick_device(name):
+    """The device of --device: auto is cuda, then mps, then cpu. UserError if it cannot be used here."""
+    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=(name := auto if name == "auto" else name))
+    except (RuntimeError, AssertionError) as e:
+        raise common.UserError(f"--device {name} cannot be used here ({str(e).splitlines()[0]})") from e
+    return name
+
 def test_images(args, saved):
     """(images uint8 (N, C, H, W), labels (N,) or None): --image, or --samples test images of the run from --index."""
     C, H, W = saved.shape
@@ -388,7 +397,7 @@ def main():
     require((path := Path(args.run) / "ckpt.pt").exists(), f"there is no {path}: name the folder of a run")
     ckpt = common.load_checkpoint(path)
     require(ckpt["script"] in KINDS, f"{path} was made by {ckpt['script']}.py: only {', '.join(KINDS)} runs are known")
-    device, saved = common.pick_device(args.device), argparse.Namespace(**ckpt["args"])
+    device, saved = pick_device(args.device), argparse.Namespace(**ckpt["args"])
     require(getattr(saved, "transform", "none") == "none" and not getattr(saved, "train_classifier", False),
             f"{path} is no model of images in [-1, 1]: train without --transform and --train-classifier")
     common.keep_memory()
