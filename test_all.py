@@ -891,7 +891,8 @@ class Control(Case):
             other = self.x0 + torch.randn(1, 1, 2, 4)
             x = inpaint.METHODS[method](self.point, op.A(other).expand(9, -1, -1, -1), op, 20 * torch.randn(9, 1, 2, 4), sigma)
             if method == "ilvr" and op.A(x).shape == x.shape and op is not self.right:
-                continue                                                   # phi is the blur: near b only
+                self.near(x, self.x0 + op.A(other - self.x0), 1e-4)        # phi is the blur: near b only
+                continue
             self.near(op.pinv(op.A(x)), op.pinv(op.A(other)).expand_as(x), 1e-4)
 
     def seen(self, method, sigma, **options):
