@@ -16,6 +16,7 @@ import common
 import toy
 import ncsn
 import ddpm
+import inpaint
 import sde
 
 HERE = Path(__file__).resolve().parent
@@ -808,6 +809,12 @@ class SDEs(Case):
             new = sde.correct(lambda x, t, i=None: -x / sigma ** 2, x, None, 0.16, alpha)
             noise = (new - (1 - eps / sigma ** 2) * x) / sigma
             self.near([noise.std() * sigma / math.sqrt(2 * eps), (noise * x / sigma).mean()], [1, 0], 0.02)
+        for sampler in (sde.pc, sde.langevin):                             # alpha_i = 1 - beta_i, where VE has 1
+            for vp, first, calls in ((self.sdes["vp"], 1, []), (self.sdes["subvp"], 1, []), (e, 0, [])):
+                ts = sde.times(vp, 3)
+                with mock.patch.object(sde, "correct", lambda score, x, t, snr, alpha: calls.append(float(alpha)) or x):
+                    sampler(sde.make_score(self.exact(), vp), vp, torch.randn(5, 1, 1, 1), ts)
+                self.near(calls, (-first * (self.sdes["vp"].B(ts[:-1]) - self.sdes["vp"].B(ts[1:]))).exp(), 1e-9)
         seen = []
         score = lambda x, t, i=None: seen.append(float(t)) or -(x - M) / (S ** 2 + e.kernel(t)[1] ** 2)
         sde.langevin(score, e, 34 * torch.randn(10, 1, 1, 1), sde.times(e, 3), M=2)
@@ -1203,6 +1210,357 @@ class SDERuns(Case):
             code, _, err = self.command(sde, "--sample-only", "--out", out, *self.flags()[:2], *flags)
             self.assertEqual((code, err.count("\n")), (2, 1), (flags, err))
             self.assertIn(words, err)
+
+class Control(Case):
+    """inpaint.py, with exact denoisers, on images of 1 x 2 x 4."""
+    m, s = 0.4, 0.3                                                        # of the data, in [-1, 1]
+    right = inpaint.masked(inpaint.draw_mask("right", 2, 4))
+    sigma = inpaint.levels("repaint", 0.02, 20.0, 40)
+
+    def kinds(self):
+        """{kind: (checkpoint, the exact net of data N(m, s^2) in [-1, 1], its range of sigma there)}."""
+        abar = ddpm.schedule("linear", 1000)
+        table = ((1 - abar) / abar)[1:].log() / 2
+        def eps(x, t, label):                                              # between two steps too
+            i = t.floor().long().clamp(1, 999)
+            sigma = (table[i - 1] + (t - i) * (table[i] - table[i - 1])).exp()
+            a = (1 / (1 + sigma ** 2)).float().view(-1, 1, 1, 1)
+            return (1 - a).sqrt() * (x - a.sqrt() * self.m) / (a * self.s ** 2 + 1 - a)
+        return {"ncsn": ({"script": "ncsn", "args": {"sigma_min": 0.05, "sigma_max": 5.0}},
+                         gaussian((self.m + 1) / 2, self.s / 2), (0.1, 10.0)),
+                "ddpm": ({"script": "ddpm", "args": {"schedule": "linear", "T": 1000, "predict": "eps"}}, eps,
+                         (table[0].exp().item(), table[-1].exp().item())),
+                "sde": ({"script": "sde", "args": {"sde": "ve", "sigma_min": 0.02, "sigma_max": 50.0, "eps": None, "precond": "eps",
+                         "sigma_data": 1.0}}, lambda x, noise, label: (lambda v: v.sqrt() * (x * (1 + v).sqrt() - self.m) / (
+                         self.s ** 2 + v))((2 * noise).exp().view(-1, 1, 1, 1)), (0.02, 50.0))}
+
+    def test_all_kinds_of_runs_are_one_denoiser_for_images_in_minus_one_to_one(self):
+        y = torch.randn(4, 1, 2, 2)
+        for kind, (ckpt, net, span) in self.kinds().items():
+            D, found = inpaint.view(ckpt, net)
+            self.near(torch.tensor(found) / torch.tensor(span), 1, 1e-3)
+            for sigma in (0.1, 1.0, torch.tensor([0.2, 0.7, 3.0, 9.0])):
+                v = torch.as_tensor(sigma).view(-1, 1, 1, 1) ** 2
+                self.near(D(y, sigma), (self.s ** 2 * y + v * self.m) / (self.s ** 2 + v), 3e-3)
+
+    def test_masks(self):
+        m = lambda name, **o: inpaint.draw_mask(name, 8, 12, **o)[0, 0]
+        rows, columns = torch.arange(8)[:, None].expand(8, 12), torch.arange(12).expand(8, 12)
+        for name, known in (("left", columns >= 6), ("right", columns < 6), ("top", rows >= 4), ("bottom", rows < 4),
+                            ("center", ~((rows >= 2) & (rows < 6) & (columns >= 3) & (columns < 9))),
+                            ("band", (columns < 4) | (columns >= 8))):
+            self.near(m(name), known.float(), 0)
+        boxes = [m("box", seed=k) for k in range(200)]
+        self.assertTrue(all((1 - b).sum() == 24 and (1 - b).amax(1).sum() == 4 and (1 - b).amax(0).sum() == 6 for b in boxes))
+        where = {tuple((1 - b).nonzero()[0].tolist()) for b in boxes}
+        self.assertEqual(where, set(itertools.product(range(5), range(7))))            # everywhere
+        self.near(boxes[3], m("box", seed=3), 0)
+        self.near(inpaint.draw_mask("random", 100, 100, 0.3).mean(), 0.3, 0.02)
+        drawn = torch.rand(8, 12) < 0.5
+        Image.fromarray((drawn * 255).byte().numpy()).save(self.dir / "m.png")
+        self.near(m(self.dir / "m.png"), drawn.float(), 0)
+        for name, size, value, words in (("small.png", (12, 7), 0, "is 12 x 7, the images are 12 x 8"),
+                                         ("white.png", (12, 8), 255, "hides nothing"), ("black.png", (12, 8), 0, "leaves nothing")):
+            Image.new("L", size, value).save(self.dir / name)
+            self.refuses(words, m, self.dir / name)
+        self.refuses("cannot read the picture", m, self.dir / "none.png")
+
+    def test_operators_are_what_they_say_and_their_pseudo_inverses_project(self):
+        for op, shape, rank in ((inpaint.masked(inpaint.draw_mask("left", 4, 6)), (1, 4, 6), 12), (inpaint.block_means(2), (1, 4, 6), 6),
+                                (inpaint.grey(3), (3, 4, 6), 24), (inpaint.blurred(4, 6, 0.8), (1, 4, 6), None)):
+            n = math.prod(shape)
+            x = torch.randn(n, *shape)
+            P = op.pinv(op.A(torch.eye(n).view(n, *shape))).flatten(1)
+            self.near(P, P.T, 1e-5)
+            self.near(P @ P, P, 1e-5)
+            self.near(op.A(op.pinv(op.A(x))), op.A(x), 1e-5 if rank else 0.15)         # of blur: but for what is damped
+            self.near(P.trace(), rank or P.trace().round(), 1e-3)
+        x = torch.randn(2, 3, 4, 8)
+        self.near(inpaint.block_means(4).A(x)[1, 2, 0, 1], x[1, 2, :, 4:].mean(), 1e-6)
+        self.near(inpaint.grey(3).A(x)[1, 0, 2, 3], x[1, :, 2, 3].mean(), 1e-6)
+        point = torch.zeros(1, 1, 32, 48)
+        point[..., 16, 24] = 1
+        b, rows, columns = inpaint.blurred(32, 48, 1.5).A(point)[0, 0], torch.arange(32) - 16.0, torch.arange(48) - 24.0
+        self.near(b.sum(), 1, 1e-5)
+        self.near((b.sum(1) * rows ** 2).sum(), 1.5 ** 2, 1e-3)
+        self.near((b.sum(0) * columns ** 2).sum(), 1.5 ** 2, 1e-3)
+        wave = lambda k: torch.cos(2 * math.pi * k * torch.arange(48) / 48).expand(1, 1, 32, 48)
+        op = inpaint.blurred(32, 48, 1.5)
+        self.near(op.pinv(op.A(wave(10))), wave(10), 1e-4)                 # damped to 0.15: known
+        self.near(op.pinv(op.A(wave(13))), 0, 1e-4)                        # to 0.04: not
+
+    def test_what_is_known_is_put_in_with_the_noise_of_the_level(self):
+        x, x0 = torch.randn(50_000, 1, 2, 4), torch.randn(1, 1, 2, 4)
+        for op in (self.right, inpaint.block_means(2)):
+            P = lambda v: op.pinv(op.A(v))
+            y = inpaint.impute(x, op, op.A(x0), 0.7)
+            self.near(y - P(y), x - P(x), 1e-5)                            # the unknown part as it was
+            self.near(P(y).mean(0), P(x0)[0], 0.02)
+            self.near(P(y).var(0), 0.49 * P(torch.eye(8).view(8, 1, 2, 4)).flatten(1).diag().view(1, 2, 4), 0.02)
+            self.near(P(inpaint.impute(x, op, op.A(x0), 0.0)), P(x0).expand_as(x), 1e-5)
+        noisy = self.right._replace(noise=0.4)
+        self.near((inpaint.impute(x, noisy, noisy.A(x0), 0.5) - noisy.A(x0))[..., :2].var(), 0.25 - 0.16, 0.002)
+        self.near(inpaint.impute(x, noisy, noisy.A(x0), 0.39), x, 0)
+
+    def test_a_step_is_bayes_rule(self):
+        x0, x_t, t, s = -0.3, 1.1, 0.9, 0.5
+        x = inpaint.step(torch.full((200_000,), x_t), x0, t, s)
+        precision = 1 / s ** 2 + 1 / (t ** 2 - s ** 2)                     # x_s = x_0 + s z, x_t = x_s + sqrt(t^2 - s^2) z
+        self.near(x.mean(), (x0 / s ** 2 + x_t / (t ** 2 - s ** 2)) / precision, 0.005)
+        self.near(x.var() * precision, 1, 0.01)
+        self.near(inpaint.step(torch.randn(9), torch.arange(9.0), 0.5, 0.0), torch.arange(9.0), 1e-6)
+        x = inpaint.langevin(lambda x, sigma: x + 0.3, torch.full((200_000,), x_t), 0.5, 0.08)
+        self.near(x.mean(), x_t + 0.04 * 0.3 / 0.25, 0.005)                # x + alpha / 2 score
+        self.near(x.var(), 0.08, 0.001)
+
+    def test_exact_denoiser_and_conditional(self):
+        for means, covs, weights in inpaint.examples().values():
+            parts = lambda add: [torch.distributions.MultivariateNormal(m, C + add) for m, C in zip(means, covs)]
+            x = torch.randn(5, 8, requires_grad=True)
+            log_p = torch.stack([w.log() + p.log_prob(x) for w, p in zip(weights, parts(0.49 * torch.eye(8)))]).logsumexp(0)
+            score, = torch.autograd.grad(log_p.sum(), x)
+            self.near(inpaint.mixture(means, covs, weights)(x.view(5, 1, 2, 4), 0.7).flatten(1), x + 0.49 * score, 1e-4)
+            A, b = torch.randn(2, 8), torch.tensor([0.4, -0.2])
+            k = weights.multinomial(400_000, replacement=True)
+            x = means[k] + (torch.linalg.cholesky(covs)[k] @ torch.randn(400_000, 8, 1))[..., 0]
+            w = (-(b - x @ A.T).square().sum(1) / 2 / 0.6 ** 2).softmax(0)                     # importance of each draw
+            mean, cov = inpaint.conditional(means, covs, weights, A, b, 0.6)
+            self.near(mean, w @ x, 0.02)
+            self.near(cov, (x - mean).T @ (w[:, None] * (x - mean)), 0.03)
+
+    def test_methods_against_the_exact_conditional(self):
+        found = {}
+        for name, data in inpaint.examples().items():
+            for method, N, options in (("ilvr", 40, {}), ("replace", 150, {}), ("replace", 43, {"T": 6}), ("repaint", 40, {}),
+                                       ("repaint", 40, {"jump": 10}), ("dps", 100, {"zeta": 0.25}), ("ald", 30, {}), ("ald", 30, {"T": 100})):
+                sigma, n = inpaint.levels(method, 0.02, 10.0 if method == "ald" else 20.0, N), 2000 if options == {"T": 100} else 4000
+                found[name, method, *options] = inpaint.errors(data, self.right, method, sigma, n, **options)
+        for name in inpaint.examples():                                    # with 274 evaluations against 299 and 295
+            mean, cov, n = found[name, "repaint"]
+            for other in (found[name, "replace"], found[name, "replace", "T"]):
+                self.assertLess(n, other[2])
+                self.assertLess(mean, 0.5 * other[0])
+                self.assertLess(cov, 1.1 * other[1])
+            self.assertLess(cov, 0.55)
+            self.assertLess(found[name, "ald"][0], found[name, "replace"][0])
+            self.assertLess(found[name, "dps", "zeta"][0], 0.15)
+            self.assertLess(found[name, "repaint", "jump"][0], found[name, "ilvr"][0])
+        for name, mean, cov in (("gaussian", 0.05, 0.09), ("two modes", 0.08, 0.3)):           # ald: exact in the limit
+            self.assertLess(found[name, "ald", "T"][0], mean)
+            self.assertLess(found[name, "ald", "T"][1], cov)
+        for name in ("gaussian", "two modes"):                             # replacement stays biased
+            self.assertGreater(found[name, "replace"][0], 0.3)
+
+    def test_methods_for_other_operators(self):
+        data = inpaint.examples()["gaussian"]
+        sigma = inpaint.levels("repaint", 0.02, 20.0, 100)
+        for op in (inpaint.block_means(2), inpaint.blurred(2, 4, 1.0)):
+            self.assertLess(inpaint.errors(data, op, "repaint", sigma, U=5)[0], 0.15)
+            self.assertLess(inpaint.errors(data, op, "ald", inpaint.levels("ald", 0.02, 10.0, 30), T=40)[0], 0.1)
+        noisy = inpaint.masked(torch.ones(1, 1, 2, 4), 0.5)                # denoising: drawn exactly, from sigma = noise
+        sigma = [0.5 * 0.95 ** k for k in range(150)] + [0.0]
+        for method, options in (("replace", {}), ("repaint", {}), ("ilvr", {})):
+            mean, cov, n = inpaint.errors(data, noisy, method, sigma, **options)
+            self.assertLess(mean, 0.04)
+            self.assertLess(cov, 0.12)
+            self.assertEqual(n, 150)                                       # below the noise: no corrector, no way back
+
+    def point(self, x, sigma):
+        return self.x0 + 0 * x
+
+    def test_no_noise_is_left_and_what_is_given_is_kept(self):
+        self.x0 = torch.randn(1, 1, 2, 4)
+        for method, op in itertools.product(inpaint.METHODS, (self.right, inpaint.block_means(2), inpaint.blurred(2, 4, 0.4))):
+            sigma = inpaint.levels(method, 0.02, 20.0, 10)
+            x = inpaint.METHODS[method](self.point, op.A(self.x0).expand(9, -1, -1, -1), op, 20 * torch.randn(9, 1, 2, 4), sigma)
+            self.near(x, self.x0.expand_as(x), 1e-5)                       # a point mass
+            other = self.x0 + torch.randn(1, 1, 2, 4)
+            x = inpaint.METHODS[method](self.point, op.A(other).expand(9, -1, -1, -1), op, 20 * torch.randn(9, 1, 2, 4), sigma)
+            if method == "ilvr" and op.A(x).shape == x.shape and op is not self.right:
+                self.near(x, self.x0 + op.A(other - self.x0), 1e-4)        # phi is the blur: near b only
+                continue
+            self.near(op.pinv(op.A(x)), op.pinv(op.A(other)).expand_as(x), 1e-4)
+
+    def seen(self, method, sigma, **options):
+        """What the method hands to D: [(sigma, x), ...], of data that is one point."""
+        calls, self.x0 = [], torch.randn(1, 1, 2, 4)
+        D = lambda x, s: calls.append((s, x.detach())) or self.point(x, s)
+        b = self.right.A(self.x0).expand(20_000, -1, -1, -1)
+        inpaint.METHODS[method](D, b, self.right, sigma[0] * torch.randn(20_000, 1, 2, 4), sigma, **options)
+        return [s for s, _ in calls], [(x - self.x0) for _, x in calls]
+
+    def test_the_order_of_levels_is_that_of_the_papers(self):
+        for method, sigma, options, order in (
+                ("ald", [4.0, 2.0, 1.0], {"T": 2}, [4, 4, 2, 2, 1, 1, 1]), ("replace", [4.0, 2.0, 1.0, 0.0], {"T": 2}, [4, 2, 2, 2, 1, 1, 1]),
+                ("replace", [4.0, 2.0, 1.0, 0.0], {"T": 0}, [4, 2, 1]), ("repaint", [4.0, 2.0, 1.0, 0.0], {"U": 3}, [4, 4, 4, 2, 2, 2, 1]),
+                ("repaint", [8.0, 4.0, 2.0, 1.0, 0.0], {"U": 2, "jump": 2}, [8, 4, 8, 4, 2, 1]),
+                ("ilvr", [4.0, 2.0, 1.0, 0.0], {}, [4, 2, 1]), ("dps", [4.0, 2.0, 1.0, 0.0], {}, [4, 2, 1])):
+            self.assertEqual(self.seen(method, sigma, **options)[0], order, method)
+
+    def test_every_level_sees_its_own_noise(self):
+        sigma = [4.0, 2.0, 1.0, 0.5]
+        for method, options in (("replace", {"T": 1}), ("repaint", {"U": 3}), ("repaint", {"U": 2, "jump": 2}), ("ilvr", {})):
+            levels, x = self.seen(method, [*sigma, 0.0], **options)
+            for s, x_s in zip(levels, x):                                  # x - x_0 = sigma z on a point mass
+                wide = 1.06 if method == "replace" else 1.02               # the corrector inflates by 1 / (1 - r / 2)
+                known, other = x_s[..., :2] - x_s[..., :2].mean(0), x_s[..., 2:] - x_s[..., 2:].mean(0)
+                for part in (known, other):
+                    self.assertTrue(0.98 < part.std() / s < wide, (method, s, part.std()))
+                self.assertLess(abs((known * other).mean()) / s ** 2, 0.03)
+        levels, x = self.seen("ald", sigma, T=3, eps=0.1)
+        for k in range(1, 13):                                             # Algorithm 2: one y~ for a level
+            self.assertEqual(k % 3 != 1, (x[k] - x[k - 1])[..., :2].abs().max().item() < 1e-4)
+            self.near(x[k][..., :2].std() / sigma[(k - 1) // 3], 1, 0.02)
+        r = 0.2 * sigma[2] ** 2 / 0.5 ** 2 / sigma[2] ** 2                 # eps / (2 sigma_L^2)
+        before, after = x[7][..., 2:].var(), x[8][..., 2:].var()           # inside the level of sigma = 1
+        self.near(after, (1 - r / 4) ** 2 * before + 2 * r / 4 * sigma[2] ** 2, 0.02)
+
+    def test_dps_step(self):
+        x, b = torch.randn(6, 1, 2, 4), self.right.A(torch.randn(6, 1, 2, 4))
+        noisy = self.right._replace(noise=0.1)                             # so that nothing is put in, in the end
+        found = inpaint.dps(lambda x, s: 0.7 * x, b, noisy, x, [3.0, 0.0], zeta=0.2)
+        r = self.right.A(0.7 * x) - b
+        grad = 0.7 * r / r.flatten(1).norm(dim=1).view(-1, 1, 1, 1)        # of || b - A D(x) || by x
+        self.near(found, 0.7 * x - 0.2 * math.sqrt(10) * grad, 1e-5)       # by x_t = x / sqrt(10)
+        self.near(inpaint.dps(lambda x, s: 0.7 * x, b, self.right, x, [3.0, 0.0], zeta=0.2)[..., :2], b[..., :2], 1e-6)
+        torch.manual_seed(0)
+        found = inpaint.dps(lambda x, s: 0.7 * x, b, noisy, x, [3.0, 1.5], zeta=0.2)
+        torch.manual_seed(0)
+        self.near(found, inpaint.step(x, 0.7 * x, 3.0, 1.5) - 0.2 * math.sqrt(10 * 3.25) * grad, 1e-5)
+
+    def test_methods_leave_nothing_on_the_cpu(self):
+        op = inpaint.masked(torch.ones(1, 1, 2, 4, device="meta"))
+        x = torch.ones(3, 1, 2, 4, device="meta")
+        for name, method in inpaint.METHODS.items():
+            self.assertEqual(method(lambda x, s: 0.5 * x, op.A(x), op, x, [2.0, 1.0, 0.5] + [0.0] * (name != "ald")).device.type, "meta")
+
+    def test_measures(self):
+        x0 = torch.full((2, 1, 4, 4), 100, dtype=torch.uint8)
+        x = x0[:, None].repeat(1, 4, 1, 1, 1)
+        hidden = torch.zeros(1, 1, 4, 4)
+        hidden[..., :2] = 1
+        x[0, 0] += 10                                                      # all pixels
+        x[0, 1, ..., :2] += 20                                             # the hidden half
+        x[0, 2, ..., :2] -= 20
+        x[0, 3] -= 10
+        judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        judge[-1].weight.data[:] = torch.tensor([-1.0, 0.0, 1.0])[:, None]
+        judge[-1].bias.data[:] = torch.tensor([16 * 100 / 255, 0.01, -16 * 100 / 255])
+        one, two = inpaint.measure(x0, x, hidden, torch.tensor([2, 1]), judge)
+        self.near(one["psnr_best"], 20 * math.log10(255 / 10), 1e-3)
+        self.near(one["psnr_mean"], 100, 1e-6)
+        self.near(one["std"], math.sqrt(2 * (100 + 400) / 3) / 255, 1e-5)
+        self.assertEqual((one["right"], one["labels"]), (0.5, "2 2 0 0"))
+        self.assertEqual((two["right"], two["labels"], two["std"]), (1.0, "1 1 1 1", 0.0))
+
+    def test_tint_hides_the_hue_from_the_grey(self):
+        images = torch.full((3000, 1, 1, 2), 200, dtype=torch.uint8)
+        images[..., 1] = 0
+        c = inpaint.tint(images)
+        self.near(c[..., 0].float().mean(1), 100, 0.7)
+        self.near(c[..., 1], 0, 0)
+        for k in range(3):                                                 # 200 (0.5 + 0.35 cos)
+            v = c[:, k, 0, 0].float() / 200
+            self.near([v.mean(), v.std(), v.min(), v.max()], [0.5, 0.35 / math.sqrt(2), 0.15, 0.85], 0.02)
+        self.assertGreater(len(c[..., 0].unique(dim=0)), 500)
+
+class ControlRuns(Case):
+    def runs(self):
+        """A run of each kind, of a few steps on 8 x 8 images: {kind: folder}."""
+        flags, more = self.tiny(), {"ncsn": 0, "ddpm": 8}
+        for module in (ncsn, ddpm):
+            own = flags if module is ncsn else [*flags[:10], "--T", 30]
+            self.assertEqual(self.command(module, *own, "--out", self.dir / module.__name__)[0], 0)
+        return {name: self.dir / name for name in more}
+
+    def test_command_line_end_to_end(self):
+        for kind, run in self.runs().items():
+            data = ["--data-dir", self.dir / "data", "--samples", 3, "--index", 2, "--completions", 4, "--npz", "--sample-steps", 3]
+            for flags, name in ((["--mask", "left"], "inpaint-left-repaint"), (["--mask", "box", "--method", "ald", "--T", 2], "inpaint-box-ald"),
+                                (["--mask", "band", "--method", "dps"], "inpaint-band-dps"),
+                                (["--task", "super", "--method", "ilvr"], "super-4x-ilvr"), (["--task", "deblur"], "deblur-1.5-repaint"),
+                                (["--task", "denoise", "--noise", 0.8], "denoise-0.8-replace")):
+                code, text, err = self.command(inpaint, run, *data, *flags)
+                self.assertEqual((code, err), (0, ""))
+                self.assertIn(f"run    {run}: {kind}, digits, 1 x 8 x 8", text)
+                self.assertIn("method " + name.split("-")[-1], text)
+                for suffix in ("png", "gif", "csv", "npz"):
+                    self.assertTrue((run / "inpaint" / f"{name}.{suffix}").exists())
+                with np.load(run / "inpaint" / f"{name}.npz") as f:
+                    x, truth = torch.tensor(f["completions"]), torch.tensor(f["truth"])
+                self.assertEqual(x.shape, (3, 4, 8, 8, 1))
+                images, labels = toy.load_images("digits", self.dir / "data", "test")
+                self.near(truth, images[2:5].permute(0, 2, 3, 1), 0)
+                rows = list(csv.DictReader((run / "inpaint" / f"{name}.csv").read_text().splitlines()))
+                self.assertEqual([(row["image"], row["label"]) for row in rows], [(str(k), str(k)) for k in (2, 3, 4)])
+                if "inpaint" in name:
+                    mask = inpaint.draw_mask(name.split("-")[1], 8, 8)[0, 0, :, :, None].bool()
+                    same = (x == truth[:, None]) | ~mask
+                    self.assertTrue(same.all(), name)                      # bit for bit
+                    self.assertGreater((x.float().std(1) * ~mask).sum(), 100)                  # and the rest is new
+                with Image.open(run / "inpaint" / f"{name}.png") as im:
+                    self.near(im.size[0] / im.size[1], (2 + 6 * 10) / (2 + 3 * 10), 0.01)      # truth, given, four
+            before = (run / "inpaint" / "inpaint-left-repaint.npz").read_bytes()
+            self.command(inpaint, run, *data)
+            self.assertEqual((run / "inpaint" / "inpaint-left-repaint.npz").read_bytes(), before)      # the same seed
+            self.command(inpaint, run, *data, "--seed", 1)
+            self.assertNotEqual((run / "inpaint" / "inpaint-left-repaint.npz").read_bytes(), before)
+
+    def test_own_pictures_and_colours(self):
+        out = self.dir / "tinted"
+        images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8)
+        for k, image in enumerate(inpaint.tint(images)):
+            toy.save_picture(Image.fromarray(image.permute(1, 2, 0).numpy()), self.dir / "pictures" / f"{k}.png")
+        flags = ["--dataset", self.dir / "pictures", *self.tiny()[:10], "--T", 30, "--out", out]
+        self.assertEqual(self.command(ddpm, *flags)[0], 0)
+        only = ["--sample-steps", 3, "--completions", 2, "--npz"]
+        code, text, err = self.command(inpaint, out, "--task", "colorize", "--samples", 2, *only)
+        self.assertEqual((code, err), (0, ""))
+        Image.effect_noise((20, 16), 90).save(self.dir / "grey.png")
+        code, text, err = self.command(inpaint, out, "--image", self.dir / "grey.png", self.dir / "pictures" / "3.png", "--size", 8, *only)
+        self.assertEqual((code, err), (0, ""))
+        with np.load(out / "inpaint" / "inpaint-left-repaint.npz") as f:
+            fit = np.asarray(toy.read_picture(self.dir / "grey.png", 8).convert("RGB"))
+            self.assertTrue((f["truth"][0] == fit).all() and (f["completions"][:, :, :, 4:] == f["truth"][:, None, :, 4:]).all())
+        code, _, err = self.command(inpaint, out, "--image", self.dir / "grey.png")
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("grey.png is 20 x 16, the run's images are 8 x 8: give --size", err)
+
+    def test_mistakes_are_one_sentence(self):
+        run, data = self.runs()["ddpm"], ["--data-dir", self.dir / "data"]
+        Image.new("L", (9, 8), 255).save(self.dir / "wide.png")
+        Image.new("L", (8, 8), 255).save(self.dir / "white.png")
+        Image.new("L", (8, 8), 0).save(self.dir / "black.png")
+        Image.effect_noise((8, 8), 90).convert("RGB").save(self.dir / "colour.png")
+        (self.dir / "text.png").write_text("no picture")
+        ckpt = common.load_checkpoint(run / "ckpt.pt")
+        for name, change in (("other", {"script": "gan"}), ("old", {"ema": {}})):
+            common.save(ckpt | change, self.dir / name / "ckpt.pt")
+        for argv, words in (([], "name the folder of a run"), ([self.dir / "none"], "there is no"), ([self.dir / "other"], "made by gan.py"),
+                            ([self.dir / "old"], "of another network"), ([run, "--mask", self.dir / "wide.png"], "wide.png is 9 x 8"),
+                            ([run, "--mask", self.dir / "white.png"], "hides nothing"), ([run, "--mask", self.dir / "black.png"], "leaves nothing"),
+                            ([run, "--mask", "circle"], "cannot read the picture circle"), ([run, "--mask", self.dir / "text.png"], "cannot read"),
+                            ([run, "--image", self.dir / "wide.png"], "wide.png is 9 x 8"), ([run, "--image", self.dir / "colour.png"], "is in colour"),
+                            ([run, "--image", self.dir / "none.png"], "none.png"), ([run, "--task", "colorize"], "--task colorize"),
+                            ([run, "--task", "super", "--factor", 3], "--factor 3"), ([run, "--task", "denoise", "--method", "ald"], "--method ald"),
+                            ([run, "--task", "denoise", "--noise", 1e3], "--noise 1000"), ([run, "--index", 64], "--index 64"),
+                            ([run, "--mask", "random", "--keep", 1.5], "--keep 1.5"), ([run, "--completions", 0], "--completions 0"),
+                            ([run, "--device", "cuda:7"], "--device cuda:7"), (["--tint", "cifar10", "--data-dir", self.dir], "cifar")):
+            with mock.patch.object(toy, "MIRRORS", {"cifar10": []}):
+                code, _, err = self.command(inpaint, *argv, *([] if "--tint" in argv or not argv else data))
+            self.assertEqual((code, err.count("\n")), (2, 1), (argv, err))
+            self.assertIn(words, err)
+
+    def test_exact_table_and_tinted_pictures(self):
+        self.tiny(n=6)
+        with mock.patch.object(inpaint, "EXACT", [("replace", 5, {}), ("repaint", 5, {"U": 2})]):
+            code, text, err = self.command(inpaint, "--exact")
+        self.assertEqual((code, err), (0, ""))
+        self.assertIn("repaint, 5 levels, U 2", text)
+        self.assertIn("     9 evaluations", text)
+        self.assertEqual(self.command(inpaint, "--tint", "digits", "--data-dir", self.dir / "data")[0], 0)
+        images, _ = toy.load_images(self.dir / "data" / "digits-tinted", split="train")
+        self.assertEqual(images.shape, (6, 3, 8, 8))
 
 class Quality(Case):
     @classmethod
