@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import toy
 
 class UserError(Exception):
     """A mistake that the user can mend: one sentence that names the file or flag and the cure."""
@@ -488,6 +487,8 @@ def main():
     for precision in ("fp32", "bf16", "compiled"):                       # each in a process of its own, for its memory
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             print(pool.submit(benchmark, precision, args.device).result(), flush=True)
+
+import toy                                    # last: its laboratory imports the scripts, which import this file
 
 if __name__ == "__main__":
     import common                             # the module that toy.py knows, not this second copy of it

@@ -150,42 +150,80 @@ def save_process(frames, path, low=0.0, rows=6, columns=11):
     shown = [frames[round(k)][:rows] for k in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
     save_picture(grid(torch.stack(shown, dim=1).flatten(0, 1), low, cols=len(shown)), path)
 
-def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
-    """A line plot {label: [(x, y), ...]} as PNG, without points that are not finite, or not positive on a log axis."""
-    ok = lambda v, log: math.isfinite(v) and (v > 0 or not log)
-    curves = {label: [(x, y) for x, y in c if ok(x, logx) and ok(y, logy)] for label, c in curves.items()}
-    colors = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563"] * len(curves)
-    large, small = ImageFont.load_default(30), ImageFont.load_default(26)
-    left, right, top, bottom, points = 170, 1400, 80, 780, sum(curves.values(), [])
-    draw = ImageDraw.Draw(picture := Image.new("RGB", (1440, 900), "white"))
-    def axis(values, log, start, end):
-        """(function from a value to its pixel, values to mark) for an axis that runs from pixel start to end."""
-        low, high = min(values, default=1), max(values, default=10)
-        if low == high:
-            low, high = (low / 2, low * 2) if log else (low - abs(low) - 1, low + abs(low) + 1)
-        f, exponent = (math.log10 if log else float), math.floor(math.log10(high / low if log else high - low))
-        marks = [m * 10.0 ** k for k in range(-12, 13) for m in ((1,) if exponent > 1 else (1, 2, 5))]
-        if not log:
-            step = min((m for m in marks if m >= (high - low) / 6), default=high - low)
-            marks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-        a, b = 1.03 * f(low) - 0.03 * f(high), 1.03 * f(high) - 0.03 * f(low)
-        return lambda v: start + (f(v) - a) / (b - a) * (end - start), [m for m in marks if low <= m <= high]
-    px, xs = axis([x for x, y in points], logx, left, right)
-    py, ys = axis([y for x, y in points], logy, bottom, top)
-    for line, at, text, anchor in [((px(v), top, px(v), bottom), (px(v), bottom + 12), f"{v:g}", "mt") for v in xs] + \
-            [((left, py(v), right, py(v)), (left - 14, py(v)), f"{v:g}", "rm") for v in ys]:
-        draw.line(line, "#e5e7eb", 2)
+COLORS = ["#2563eb", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b5563"]   # told apart by all eyes
+SHADES = [(255, 255, 255), (219, 234, 254), (147, 197, 253), (37, 99, 235), (23, 37, 84)]   # of a heat map, 0 to 1
+
+def axis(values, log, margin):
+    """(function from a value to 0 ... 1, values to mark) of an axis that holds the values and a margin."""
+    low, high = min(values, default=1), max(values, default=10)
+    if low == high:
+        low, high = (low / 2, low * 2) if log else (low - abs(low) - 1, low + abs(low) + 1)
+    f, exponent = (math.log10 if log else float), math.floor(math.log10(high / low if log else high - low))
+    marks = [m * 10.0 ** k for k in range(-12, 13) for m in ((1,) if exponent > 1 else (1, 2, 5))]
+    if not log:
+        step = min((m for m in marks if m >= (high - low) / 6), default=high - low)
+        marks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    a, b = (1 + margin) * f(low) - margin * f(high), (1 + margin) * f(high) - margin * f(low)
+    return lambda v: (f(v) - a) / (b - a), [m for m in marks if low <= m <= high]
+
+def panel(marks, xlabel="", ylabel="", title="", logx=False, logy=False, box=None, size=(720, 450)):
+    """Axes as a Pillow picture of twice SIZE, with marks [(kind, label, points), ...]: line (x, y); dots (x, y), with
+    error bars (x, y, e); arrows (x, y, dx, dy) on the axes of a box; heat: values (n, n) from 0 to 1 over the box
+    (low, high)^2. Points that are not finite, outside the box, or not positive on a log axis are left out."""
+    (W, H), large, small = (2 * n for n in size), ImageFont.load_default(30), ImageFont.load_default(26)
+    draw = ImageDraw.Draw(picture := Image.new("RGB", (W, H), "white"))
+    ok = lambda v, log: math.isfinite(v) and (v > 0 or not log) and (box is None or box[0] <= v <= box[1])
+    marks = [(kind, label, p if kind == "heat" else [q for q in torch.as_tensor(p).tolist() if
+              ok(q[0], logx) and ok(q[1], logy)]) for kind, label, p in marks]
+    points = [q for kind, _, p in marks if kind != "heat" for q in p]
+    fx, xs = axis(box or [q[0] for q in points], logx, 0 if box else 0.03)
+    fy, ys = axis(box or [q[1] for q in points], logy, 0 if box else 0.03)
+    left = 44 + round(max((small.getlength(f"{v:g}") for v in ys), default=0))
+    right, top, bottom, k, color = W - 40, 80, H - (120 if xlabel else 70), 0, COLORS[0]
+    px, py = lambda v: left + fx(v) * (right - left), lambda v: bottom - fy(v) * (bottom - top)
+    for at, text, anchor in [((px(v), bottom + 12), f"{v:g}", "mt") for v in xs] + \
+            [((left - 14, py(v)), f"{v:g}", "rm") for v in ys]:
+        draw.line((at[0], top, at[0], bottom) if anchor == "mt" else (left, at[1], right, at[1]), "#e5e7eb", 2)
         draw.text(at, text, "#374151", small, anchor)
-    for (label, curve), color, k in zip(curves.items(), colors, range(len(curves))):
-        draw.line([(px(x), py(y)) for x, y in curve] or [(0, 0)], color, 5, joint="curve")
-        for x, y in curve if len(curve) <= 30 else []:
-            draw.ellipse([px(x) - 7, py(y) - 7, px(x) + 7, py(y) + 7], color)
-        draw.line([right - 70, top + 34 + 40 * k, right - 20, top + 34 + 40 * k], color, 7)              # legend
-        draw.text((right - 84, top + 34 + 40 * k), label, "#111827", small, "rm", stroke_width=6, stroke_fill="white")
+    for kind, label, p in marks:
+        color = COLORS[k % len(COLORS)] if label else color          # without a label: the last one's colour
+        if kind == "heat":
+            at, value = np.linspace(0, 1, len(SHADES)), torch.as_tensor(p).numpy()
+            rgb = np.stack([np.interp(value, at, c) for c in zip(*SHADES)], -1).round().astype(np.uint8)
+            picture.paste(Image.fromarray(rgb).resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
+        elif kind == "line":
+            draw.line([(px(q[0]), py(q[1])) for q in p] or [(0, 0)], color, 5, joint="curve")
+        for x, y, *e in p if kind in ("dots", "arrows") or kind == "line" and 1 < len(p) <= 30 and box is None else []:
+            if kind == "arrows":
+                (u, v), tip = e, (px(x + e[0]), py(y + e[1]))
+                draw.line([px(x), py(y), *tip], color, 4)
+                wing = lambda s: (px(x + 0.65 * u - s * 0.22 * v), py(y + 0.65 * v + s * 0.22 * u))
+                draw.polygon([tip, wing(1), wing(-1)], color)
+                continue
+            r = 7 if len(p) <= 100 else 3
+            draw.ellipse([px(x) - r, py(y) - r, px(x) + r, py(y) + r], color)
+            draw.line([px(x), py(y if logy and y <= e[0] else y - e[0]), px(x), py(y + e[0])], color, 3) if e else None
+        if label:                                                    # legend
+            at, k = top + 34 + 40 * k, k + 1
+            draw.text((right - 84, at), label, "#111827", small, "rm", stroke_width=6, stroke_fill="white")
+            draw.line([right - 70, at, right - 20, at], color, 7) if kind == "line" else \
+                draw.ellipse([right - 52, at - 7, right - 38, at + 7], color)
     draw.rectangle([left, top, right, bottom], outline="#374151", width=2)
-    for at, text, anchor in (((left, 40), ylabel, "lm"), ((right, 40), title, "rm"), ((785, 866), xlabel, "mm")):
+    for at, text, anchor in (((left, 40), ylabel, "lm"), ((right, 40), title, "rm"), ((W / 2, H - 34), xlabel, "mm")):
         draw.text(at, text, "#111827", large, anchor)
-    save_picture(picture.resize((720, 450), Image.Resampling.LANCZOS), path)               # smooths the lines
+    return picture
+
+def figure(path, panels, cols=None):
+    """Panels of one size, row by row, as a picture half as large: shrinking smooths the lines."""
+    (W, H), cols = panels[0].size, cols or len(panels)
+    sheet = Image.new("RGB", (W * cols, H * math.ceil(len(panels) / cols)), "white")
+    for k, p in enumerate(panels):
+        sheet.paste(p, (k % cols * W, k // cols * H))
+    save_picture(sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS), path)
+
+def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
+    """A line plot {label: [(x, y), ...]} as PNG."""
+    figure(path, [panel([("line", *c) for c in curves.items()], xlabel, ylabel, title, logx, logy)])
 
 # ------------------------------------------------------------------------------------------- two sets of points
 def frechet(a, b):
