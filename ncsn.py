@@ -18,8 +18,9 @@ Differs  mean over pixels instead of sum; one U-Net that is told log sigma, no R
     python ncsn.py --dataset mnist              # trains, then see runs/ncsn-mnist/samples.png and process.gif
     python ncsn.py --dataset mnist --resume     # goes on; with --sample-only just draws
     python ncsn.py --dataset mnist --improved --out runs/ncsnv2-mnist     # Techniques 1 to 5
+    python ncsn.py --benchmark      # images a second of the default network, and what its convolutions allow
 """
-import math
+import concurrent.futures, functools, math, multiprocessing, sys, time
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -164,6 +165,49 @@ def denoiser(ckpt, net=None, device="cpu"):
         return y + sigma.view(-1, 1, 1, 1) ** 2 * score(net, y, sigma, label)
     return D
 
+def benchmark(precision, device, batch=16, many=100, rounds=30):
+    """A line on the default network: images/s in training (forward, backward, Adam) and in one evaluation; what its
+    3x3 convolutions need, each timed alone (forward, backward, the faster layout), as a share of the step; the step's
+    arithmetic, of these convolutions, against that of the fastest of them; peak memory. Medians, taken in turn."""
+    common.keep_memory()
+    net, convs, t = UNet().to(device, memory_format=common.FORMAT["cuda" in device]), [], {}
+    x, noise = torch.randn(many, 1, 28, 28, device=device), torch.zeros(many, device=device)
+    net.bf16 = precision != "fp32"
+    for m in (m for m in net.modules() if getattr(m, "kernel_size", 0) == (3, 3)):
+        m.register_forward_hook(lambda m, x, y: convs.append((m.in_channels, m.out_channels, y.shape[-1], y.dtype)))
+    net(x[:batch], noise[:batch])
+    [m._forward_hooks.clear() for m in net.modules()]
+    net.compile() if precision == "compiled" else None
+    opt = torch.optim.Adam(net.parameters(), fused=True)
+    def step():
+        net(x[:batch], noise[:batch]).square().mean().backward()
+        opt.step(), opt.zero_grad()
+    jobs = {"step": step, "net": torch.no_grad()(lambda: net(x, noise))}
+    for key, form in ((key, form) for key in dict.fromkeys(convs) for form in common.FORMAT):
+        c_in, c_out, size, dtype = key
+        a, g = (torch.randn(batch, c, size, size).to(device, dtype, memory_format=form) for c in (c_in, c_out))
+        conv = torch.nn.Conv2d(c_in, c_out, 3, padding=1).to(device, dtype, memory_format=form)
+        jobs[key, form] = functools.partial(lambda conv, a, g: conv(a).backward(g), conv, a.requires_grad_(), g)
+    repeat = 20 if "cuda" in device else 1                               # on CUDA, hide the time to launch a kernel
+    for _ in range(rounds + 3):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            [job() for _ in range(repeat)]
+            torch.cuda.synchronize() if repeat > 1 else None
+            t.setdefault(name, []).append((time.perf_counter() - start) / repeat)
+    t = {name: float(np.median(seconds[3:])) for name, seconds in t.items()}
+    alone = [min(t[key, form] for form in common.FORMAT) for key in convs]
+    work = [3 * 18e-9 * c_in * c_out * size ** 2 * batch for c_in, c_out, size, _ in convs]  # Gflop, three passes
+    rate, fastest = sum(work) / t["step"], max(w / s for w, s in zip(work, alone))
+    if "cuda" in device:
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource                                                  # of Unix; macOS counts bytes, Linux KiB
+        memory = resource.getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (f"{precision:9s}{batch / t['step']:6.0f} images/s training {many / t['net']:6.0f} images/s an evaluation   "
+            f"convolutions {100 * sum(alone) / t['step']:.0f} % of a step   {rate:.0f} Gflop/s, "
+            f"{100 * rate / fastest:.0f} % of the fastest convolution's   peak {memory / 2 ** 20:.0f} MiB")
+
 def main():
     p = common.arguments(__doc__)
     p.add_argument("--steps", type=int, help="optimizer steps (None: 4000 on digits, 12000 on others; paper: 200,000)")
@@ -191,7 +235,17 @@ def main():
     p.add_argument("--no-denoise", action="store_true", help="leave out the last denoising step (paper: left out)")
     p.add_argument("--classes", action="store_true", help="train with the labels, one in ten being hidden")
     p.add_argument("--label", type=int, help="draw this class only; a network trained with --classes")
-    if (args := p.parse_args()).derive:
+    p.add_argument("--benchmark", action="store_true", help="print the speed of the default network, in fp32, in bf16, "
+                   "and in bf16 compiled, and stop")
+    if (args := p.parse_args()).benchmark:
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        require(device in ("cpu", "cuda"), f"--benchmark measures on cpu or cuda, not on --device {device}")
+        require(device == "cpu" or torch.cuda.is_available(), "--device cuda: there is none here")
+        for precision in ("fp32", "bf16", "compiled"):                 # each in a process of its own, for its memory
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                print(pool.submit(benchmark, precision, device).result(), flush=True)
+        return
+    if args.derive:
         images, _ = toy.load_images(args.dataset, args.data_dir, "train", args.size)
         sigma_1, T = args.sigma_max or largest_distance(images), (args.T or [5])[-1]
         require(0 < args.sigma_min < sigma_1, f"--sigma-min {args.sigma_min} is not between 0 and sigma_1 = {sigma_1}")

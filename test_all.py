@@ -745,29 +745,29 @@ class Quality(Case):
     def test_frechet_distance(self):
         a = torch.randn(500, 5).double() @ torch.randn(5, 5).double()
         C, shift = a.T.cov(), torch.arange(5).double()
-        self.near(toy.frechet(a, a), 0, 1e-9)
-        self.near(toy.frechet(a, 3 * a + shift),
+        self.near(common.frechet(a, a), 0, 1e-9)
+        self.near(common.frechet(a, 3 * a + shift),
                   (2 * a.mean(0) + shift).square().sum() + 4 * C.trace(), 1e-8)        # tr (C + 9 C - 2 * 3 C)
         b = torch.randn(400, 5).double() @ torch.randn(5, 5).double()
         cross = torch.linalg.eigvals(C @ b.T.cov()).real.sqrt().sum()                  # another way to tr (C_a C_b)^(1/2)
-        self.near(toy.frechet(a, b),
+        self.near(common.frechet(a, b),
                   (a.mean(0) - b.mean(0)).square().sum() + C.trace() + b.T.cov().trace() - 2 * cross, 1e-8)
         a = torch.randn(100_000, 1)
-        self.near(toy.frechet(a, M + S * torch.randn(100_000, 1)), M ** 2 + (1 - S) ** 2, 0.05)
+        self.near(common.frechet(a, M + S * torch.randn(100_000, 1)), M ** 2 + (1 - S) ** 2, 0.05)
 
     def test_precision_and_recall(self):
         at = lambda *v: torch.tensor(v).double()[:, None] * torch.ones(1, 40)
         a = at(*range(1500))                                               # equal steps; the ends reach 3, the others 2
-        self.near(toy.inside(a, at(-2.9, -3.1, 700.5, 1498.9, 1501.9, 1502.1, 5000.0), k=3), 4 / 7, 1e-9)
-        self.near(toy.inside(a, a + 1e-3), 1, 1e-9)
-        self.near(toy.inside(torch.full((30, 40), 5.0).double(), a), 0, 1 / 1000)            # one point repeated: no reach
-        self.near(toy.inside(at(0.0, 1, 2, 9), at(5.5, 9.5, 16.9, 17.1), k=2), 0.75, 1e-9)
+        self.near(common.inside(a, at(-2.9, -3.1, 700.5, 1498.9, 1501.9, 1502.1, 5000.0), k=3), 4 / 7, 1e-9)
+        self.near(common.inside(a, a + 1e-3), 1, 1e-9)
+        self.near(common.inside(torch.full((30, 40), 5.0).double(), a), 0, 1 / 1000)            # one point repeated: no reach
+        self.near(common.inside(at(0.0, 1, 2, 9), at(5.5, 9.5, 16.9, 17.1), k=2), 0.75, 1e-9)
 
     def test_nearest(self):
         a, b = (torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8) for n in (600, 50))
         exact = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).amin(1).mean() / 255
-        self.near(toy.nearest(a, b), exact, 1e-4)
-        self.near(toy.nearest(b, torch.cat([a, b])), 0, 2e-3)
+        self.near(common.nearest(a, b), exact, 1e-4)
+        self.near(common.nearest(b, torch.cat([a, b])), 0, 2e-3)
 
     def test_classifier_is_kept_with_a_record_and_made_again_for_other_data(self):
         self.assertGreater(self.accuracy, 0.97)
@@ -854,10 +854,10 @@ class Quality(Case):
 
 class Speed(Case):
     def test_benchmark(self):
-        line = common.benchmark("fp32", "cpu", batch=2, many=2, rounds=1)
+        line = ncsn.benchmark("fp32", "cpu", batch=2, many=2, rounds=1)
         training, evaluation, share, rate, of_fastest, peak = map(float, re.findall(r"(?<= )[0-9.]+(?= )", line[4:]))
         self.assertTrue(0 < training < evaluation and 0 < share < 200 and 0 < of_fastest <= share and 0 < rate and peak > 50)
-        self.assertEqual(self.command(common)[0], 2)
+        self.assertEqual(self.command(ncsn, "--benchmark", "--device", "mps")[0], 2)
 
 class Network(Case):
     def shaken(self, **kwargs):

@@ -3,12 +3,12 @@ and the digits that this project draws itself, so that it needs no download.
 
     python toy.py               # draws the digits set into data/digits, and a sheet of it into runs/toy/digits.png
 """
-import concurrent.futures, gzip, hashlib, http.client, io, math, os, socket, struct, tarfile, urllib.request, zlib
+import gzip, hashlib, http.client, io, math, os, socket, struct, tarfile, urllib.request, zlib
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 import common
 
 # ------------------------------------------------------------------------------------------------- image sets
@@ -44,7 +44,7 @@ def load_images(name, data_dir="data", split="train", size=None):
         names = [n + gz for n in (stem, stem.replace("-idx", ".idx")) for gz in ("", ".gz")]
         path = next((folder / n for n in names if (folder / n).exists()), folder / names[name != "digits"])
         if name == "digits" and not path.exists():
-            draw_digits(folder, FILES[files])
+            common.draw_digits(folder, FILES[files])
         arrays.append(torch.tensor(read(path, parse_idx, sha256)))
     return arrays[0][:, None], arrays[1].long()
 
@@ -190,7 +190,8 @@ def panel(marks, xlabel="", ylabel="", title="", logx=False, logy=False, box=Non
         if kind == "heat":
             at, value = np.linspace(0, 1, len(SHADES)), torch.as_tensor(p).numpy()
             rgb = np.stack([np.interp(value, at, c) for c in zip(*SHADES)], -1).round().astype(np.uint8)
-            picture.paste(Image.fromarray(rgb).resize((right - left, bottom - top), Image.Resampling.BICUBIC), (left, top))
+            rgb = Image.fromarray(rgb).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+            picture.paste(rgb, (left, top))
         elif kind == "line":
             draw.line([(px(q[0]), py(q[1])) for q in p] or [(0, 0)], color, 5, joint="curve")
         for x, y, *e in p if kind in ("dots", "arrows") or kind == "line" and 1 < len(p) <= 30 and box is None else []:
@@ -224,66 +225,6 @@ def figure(path, panels, cols=None):
 def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
     """A line plot {label: [(x, y), ...]} as PNG."""
     figure(path, [panel([("line", *c) for c in curves.items()], xlabel, ylabel, title, logx, logy)])
-
-# ------------------------------------------------------------------------------------------- two sets of points
-def frechet(a, b):
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared Frechet distance of the normal distributions with
-    the means and covariances of the rows of a and of b (Heusel 2017, eq. 6)."""
-    (m, A), (n, B) = ((x.double().mean(0), x.double().T.cov().view(x.shape[1], -1)) for x in (a, b))
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()          # tr (A B)^(1/2)
-    return ((m - n).square().sum() + A.trace() + B.trace() - 2 * cross).item()
-
-def inside(a, b, k=3):
-    """Share of the rows of b that lie no farther from some row of a than its k-th neighbour in a does: precision for
-    a real and b drawn, recall the other way round (Kynkaanniemi 2019, eqs. 1, 2)."""
-    hit = torch.zeros(len(b), dtype=torch.bool)
-    for rows in a.split(1000):
-        radius = torch.cdist(rows, a).kthvalue(k + 1).values             # one of them is the row itself
-        hit |= (torch.cdist(rows, b) <= radius[:, None]).any(0)
-    return hit.double().mean().item()
-
-def nearest(a, b):
-    """Mean distance, over the images a, to the nearest of the images b; both uint8, the distance in units of [0, 1]."""
-    a, b = a.flatten(1) / 255, b.flatten(1) / 255
-    return torch.cat([torch.cdist(rows, b).amin(1) for rows in a.split(500)]).mean().item()
-
-# ------------------------------------------------------------------------------------------------------ digits
-def draw_digits(folder, stems):
-    """Draw digits, 60,000 + 10,000 of 28 x 28: Pillow's own font in six stroke widths, blurred, through a random affine
-    map and a smooth elastic warp. Single IEEE operations of numpy only (no BLAS, sin or cos): every machine with the
-    same numpy and Pillow draws the same bytes."""
-    S, chunk, font, glyphs = 136, 500, ImageFont.load_default(102), []   # glyphs (S, S) are 4 times as large
-    for digit, stroke in ((d, s) for d in "0123456789" for s in range(6)):
-        im = Image.new("L", (S, S))
-        ImageDraw.Draw(im).text((S / 2, S / 2), digit, 255, font, "mm", stroke_width=stroke)
-        glyphs.append(np.asarray(im.filter(ImageFilter.GaussianBlur(2.5)), np.float64))
-    ink, u = np.stack(glyphs).ravel(), np.arange(28.0) - 13.5            # u: pixel centres
-    bump = np.square(np.maximum(0, 1 - np.square((u[:, None] - 9 * np.arange(-2, 3)) / 14)))      # (28, 5)
-
-    def draw(seed):
-        rng = np.random.default_rng(seed)
-        uniform = lambda r, *shape: r * (2 * rng.random((2, chunk, *shape)) - 1)                  # two of each
-        label, stroke = rng.integers(10, size=chunk), rng.integers(6, size=chunk)
-        (a, d), (b, c), shift = 1.02 + uniform(0.2, 1, 1), uniform(0.25, 1, 1), uniform(1.5, 1, 1)
-        bend = uniform(1.6, 5, 5)                                        # warp = sum_ij bump_i(y) bump_j(x) bend_ij
-        rows = sum(bump[:, i, None] * bend[:, :, None, i, :] for i in range(5))                   # (2, chunk, 28, 5)
-        warp = shift + sum(rows[..., j, None] * bump[:, j] for j in range(5))                     # (2, chunk, 28, 28)
-        x, y = a * u + (b + 0.1) * u[:, None] + warp[0], 0.5 * c * u + d * u[:, None] + warp[1]
-        x, y = (np.clip(4 * v + S / 2 - 0.5, 0, S - 2.001) for v in (x, y))
-        ix, iy = x.astype(np.int64), y.astype(np.int64)
-        at, fx, fy = ((label * 6 + stroke)[:, None, None] * S + iy) * S + ix, x - ix, y - iy
-        top, bottom = ((1 - fx) * ink[at + s] + fx * ink[at + s + 1] for s in (0, S))             # bilinear
-        return np.minimum(1.15 * ((1 - fy) * top + fy * bottom), 255).round().astype(np.uint8), label.astype(np.uint8)
-    train = stems[0].startswith("train")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = pool.map(draw, ([1 - train, k] for k in range(120 if train else 20)))
-        arrays = [np.concatenate(a) for a in zip(*chunks)]
-    for stem, a in zip(stems, arrays):
-        with common.aside(folder / stem) as f:
-            f.write(struct.pack(f">HBB{a.ndim}I", 0, 8, a.ndim, *a.shape) + a.tobytes())
-    print(f"data   drew {len(a)} digits into {folder}", flush=True)
 
 def main():
     images, _ = load_images("digits", "data", "train")
