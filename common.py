@@ -1,16 +1,13 @@
-"""What has no equation number: noise schedules, the U-Net, runs and checkpoints, quality, speed.
-
-    python common.py --benchmark         # images a second of the default network, and what its convolutions allow
-"""
-import argparse, concurrent.futures, contextlib, copy, csv, ctypes, functools, hashlib, io, math, multiprocessing, os
-import signal, sys, time
+"""What has no equation number: noise schedules, the U-Net, runs and checkpoints, quality, the project's own digits."""
+import argparse, concurrent.futures, contextlib, copy, csv, ctypes, functools, hashlib, io, math, os
+import signal, struct, sys, time
 from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import toy
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 class UserError(Exception):
     """A mistake that the user can mend: one sentence that names the file or flag and the cure."""
@@ -376,6 +373,34 @@ class Run:
         return x
 
 # ---------------------------------------------------------------------------------------------------- quality
+def frechet(a, b):
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared Frechet distance of the normal distributions with
+    the means and covariances of the rows of a and of b (Heusel 2017, eq. 6)."""
+    (m, A), (n, B) = ((x.double().mean(0), x.double().T.cov().view(x.shape[1], -1)) for x in (a, b))
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()          # tr (A B)^(1/2)
+    return ((m - n).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+
+def inside(a, b, k=3):
+    """Share of the rows of b that lie no farther from some row of a than its k-th neighbour in a does: precision for
+    a real and b drawn, recall the other way round (Kynkaanniemi 2019, eqs. 1, 2)."""
+    hit = torch.zeros(len(b), dtype=torch.bool)
+    for rows in a.split(1000):
+        radius = torch.cdist(rows, a).kthvalue(k + 1).values             # one of them is the row itself
+        hit |= (torch.cdist(rows, b) <= radius[:, None]).any(0)
+    return hit.double().mean().item()
+
+def nearest(a, b):
+    """Mean distance, over the images a, to the nearest of the images b; both uint8, the distance in units of [0, 1]."""
+    a, b = a.flatten(1) / 255, b.flatten(1) / 255
+    return torch.cat([torch.cdist(rows, b).amin(1) for rows in a.split(500)]).mean().item()
+
+def energy(x, y):
+    """2 E|x - y| - E|x - x'| - E|y - y'| of points, without bias: 0 on average if their distributions are equal."""
+    total = lambda a, b: torch.cdist(a.flatten(1), b.flatten(1)).sum().item() / len(a)
+    return 2 * total(x, y) / len(y) - total(x, x) / (len(x) - 1) - total(y, y) / (len(y) - 1)
+
 def classifier(name, data_dir="data", device="cpu", epochs=5, batch=128):
     """The yardstick's eye on a labelled set: net(x) are logits, net[:-1](x) 128 features, for x (B, C, H, W) in [0, 1].
     Trained once (two minutes on 2 cores) and kept in DATA_DIR/NAME/classifier.pt with a record of what made it."""
@@ -425,74 +450,52 @@ def evaluate(x, args):
     N, some = len(x), lambda x, n: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n]]
     (f, logits), (real, _) = features(net, x), features(net, test)
     sets = features(net, some(images, 10 * N))[0].split(N)                           # one alone is off by a quarter
-    floor = float(np.mean([toy.frechet(part, real) for part in sets if len(part) == len(sets[0])]))
-    distance, p, real = toy.frechet(f, real), logits.softmax(1), some(real, N)
+    floor = float(np.mean([frechet(part, real) for part in sets if len(part) == len(sets[0])]))
+    distance, p, real = frechet(f, real), logits.softmax(1), some(real, N)
     counts = p.argmax(1).bincount(minlength=p.shape[1])
     share = counts / counts.sum()
-    near = toy.nearest(x, images) / toy.nearest(some(test, N), images)
+    near = nearest(x, images) / nearest(some(test, N), images)
     row = {"images": N, "frechet": distance, "floor": floor, "ratio": distance / floor,
-           "precision": toy.inside(real, f), "recall": toy.inside(f, real), "entropy": -share.xlogy(share).sum().item(),
+           "precision": inside(real, f), "recall": inside(f, real), "entropy": -share.xlogy(share).sum().item(),
            "confidence": p.amax(1).mean().item(), "nearest": near}
     print("eval   " + "   ".join(f"{k} {v:.4g}" for k, v in row.items()) + f"   classes {counts.tolist()}   "
           f"(features of a classifier that is right on {100 * accuracy:.2f} % of the test set)")
     return {**row, "classes": " ".join(map(str, counts.tolist())), "classifier": accuracy}
 
-# ------------------------------------------------------------------------------------------------------ speed
-def benchmark(precision, device, batch=16, many=100, rounds=30):
-    """A line on the default network: images/s in training (forward, backward, Adam) and in one evaluation; what its
-    3x3 convolutions need, each timed alone (forward, backward, the faster layout), as a share of the step; the step's
-    arithmetic, of these convolutions, against that of the fastest of them; peak memory. Medians, taken in turn."""
-    keep_memory()
-    net, convs, t = UNet().to(device, memory_format=FORMAT["cuda" in device]), [], {}
-    x, noise = torch.randn(many, 1, 28, 28, device=device), torch.zeros(many, device=device)
-    net.bf16 = precision != "fp32"
-    for m in (m for m in net.modules() if getattr(m, "kernel_size", 0) == (3, 3)):
-        m.register_forward_hook(lambda m, x, y: convs.append((m.in_channels, m.out_channels, y.shape[-1], y.dtype)))
-    net(x[:batch], noise[:batch])
-    [m._forward_hooks.clear() for m in net.modules()]
-    net.compile() if precision == "compiled" else None
-    opt = torch.optim.Adam(net.parameters(), fused=True)
-    def step():
-        net(x[:batch], noise[:batch]).square().mean().backward()
-        opt.step(), opt.zero_grad()
-    jobs = {"step": step, "net": torch.no_grad()(lambda: net(x, noise))}
-    for key, form in ((key, form) for key in dict.fromkeys(convs) for form in FORMAT):
-        c_in, c_out, size, dtype = key
-        a, g = (torch.randn(batch, c, size, size).to(device, dtype, memory_format=form) for c in (c_in, c_out))
-        conv = nn.Conv2d(c_in, c_out, 3, padding=1).to(device, dtype, memory_format=form)
-        jobs[key, form] = functools.partial(lambda conv, a, g: conv(a).backward(g), conv, a.requires_grad_(), g)
-    repeat = 20 if "cuda" in device else 1                               # on CUDA, hide the time to launch a kernel
-    for _ in range(rounds + 3):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            [job() for _ in range(repeat)]
-            torch.cuda.synchronize() if repeat > 1 else None
-            t.setdefault(name, []).append((time.perf_counter() - start) / repeat)
-    t = {name: float(np.median(seconds[3:])) for name, seconds in t.items()}
-    alone = [min(t[key, form] for form in FORMAT) for key in convs]
-    work = [3 * 18e-9 * c_in * c_out * size ** 2 * batch for c_in, c_out, size, _ in convs]  # Gflop, three passes
-    rate, fastest = sum(work) / t["step"], max(w / s for w, s in zip(work, alone))
-    if "cuda" in device:
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        import resource                                                  # of Unix; macOS counts bytes, Linux KiB
-        memory = resource.getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return (f"{precision:9s}{batch / t['step']:6.0f} images/s training {many / t['net']:6.0f} images/s an evaluation   "
-            f"convolutions {100 * sum(alone) / t['step']:.0f} % of a step   {rate:.0f} Gflop/s, "
-            f"{100 * rate / fastest:.0f} % of the fastest convolution's   peak {memory / 2 ** 20:.0f} MiB")
+# ------------------------------------------------------------------------------------------------------ digits
+def draw_digits(folder, stems):
+    """Draw digits, 60,000 + 10,000 of 28 x 28: Pillow's own font in six stroke widths, blurred, through a random affine
+    map and a smooth elastic warp. Single IEEE operations of numpy only (no BLAS, sin or cos): every machine with the
+    same numpy and Pillow draws the same bytes."""
+    S, chunk, font, glyphs = 136, 500, ImageFont.load_default(102), []   # glyphs (S, S) are 4 times as large
+    for digit, stroke in ((d, s) for d in "0123456789" for s in range(6)):
+        im = Image.new("L", (S, S))
+        ImageDraw.Draw(im).text((S / 2, S / 2), digit, 255, font, "mm", stroke_width=stroke)
+        glyphs.append(np.asarray(im.filter(ImageFilter.GaussianBlur(2.5)), np.float64))
+    ink, u = np.stack(glyphs).ravel(), np.arange(28.0) - 13.5            # u: pixel centres
+    bump = np.square(np.maximum(0, 1 - np.square((u[:, None] - 9 * np.arange(-2, 3)) / 14)))      # (28, 5)
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.add_argument("--benchmark", action="store_true", help="measure, in fp32, in bf16, and in bf16 compiled")
-    cuda = torch.cuda.is_available()
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu", help="where to measure")
-    args = p.parse_args()
-    require(args.benchmark, "nothing to do: give --benchmark")
-    require(cuda or args.device == "cpu", "--device cuda: there is none here")
-    for precision in ("fp32", "bf16", "compiled"):                       # each in a process of its own, for its memory
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            print(pool.submit(benchmark, precision, args.device).result(), flush=True)
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        uniform = lambda r, *shape: r * (2 * rng.random((2, chunk, *shape)) - 1)                  # two of each
+        label, stroke = rng.integers(10, size=chunk), rng.integers(6, size=chunk)
+        (a, d), (b, c), shift = 1.02 + uniform(0.2, 1, 1), uniform(0.25, 1, 1), uniform(1.5, 1, 1)
+        bend = uniform(1.6, 5, 5)                                        # warp = sum_ij bump_i(y) bump_j(x) bend_ij
+        rows = sum(bump[:, i, None] * bend[:, :, None, i, :] for i in range(5))                   # (2, chunk, 28, 5)
+        warp = shift + sum(rows[..., j, None] * bump[:, j] for j in range(5))                     # (2, chunk, 28, 28)
+        x, y = a * u + (b + 0.1) * u[:, None] + warp[0], 0.5 * c * u + d * u[:, None] + warp[1]
+        x, y = (np.clip(4 * v + S / 2 - 0.5, 0, S - 2.001) for v in (x, y))
+        ix, iy = x.astype(np.int64), y.astype(np.int64)
+        at, fx, fy = ((label * 6 + stroke)[:, None, None] * S + iy) * S + ix, x - ix, y - iy
+        top, bottom = ((1 - fx) * ink[at + s] + fx * ink[at + s + 1] for s in (0, S))             # bilinear
+        return np.minimum(1.15 * ((1 - fy) * top + fy * bottom), 255).round().astype(np.uint8), label.astype(np.uint8)
+    train = stems[0].startswith("train")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        chunks = pool.map(draw, ([1 - train, k] for k in range(120 if train else 20)))
+        arrays = [np.concatenate(a) for a in zip(*chunks)]
+    for stem, a in zip(stems, arrays):
+        with aside(folder / stem) as f:
+            f.write(struct.pack(f">HBB{a.ndim}I", 0, 8, a.ndim, *a.shape) + a.tobytes())
+    print(f"data   drew {len(a)} digits into {folder}", flush=True)
 
-if __name__ == "__main__":
-    import common                             # the module that toy.py knows, not this second copy of it
-    common.cli(common.main)
+import toy                                    # last: its laboratory imports the scripts, which import this file

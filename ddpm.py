@@ -288,6 +288,13 @@ def score_network(D):
     score is -eps / sqrt(1 - abar_t) in x_t, which is -eps / sigma in y = x_t / sqrt(abar_t)."""
     return lambda y, log_sigma, label=None: (D(y, log_sigma.exp(), label) - y) / log_sigma.exp().view(-1, 1, 1, 1)
 
+def as_eps(net, abar):
+    """The other way round: the eps(x_t, t) of a net(y, log sigma) of ncsn.py, -net at y = x_t / sqrt(abar_t)."""
+    def eps(x_t, t, label=None):
+        a, s = kernel(abar, t)
+        return -net(x_t / a, (s / a).log().flatten(), label)
+    return eps
+
 def slerp(a, b, f):
     """From a (f = 0) to b (f = 1) on the great circle, each (C, H, W): DDIM, eq. (67)."""
     angle = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1).acos()
@@ -347,6 +354,18 @@ def strip(run, abar, table, draw):
         rows.append(torch.cat([x0[::2, None], way, x0[1::2, None]], dim=1).flatten(0, 1).cpu())
     toy.save_picture(toy.grid(torch.cat(rows), run.low, cols), path := Path(args.out) / f"{args.strip}.png")
     run.print(f"saved  {path}")
+
+def diffusion():
+    """The same data by annealed Langevin dynamics, by DDPM and by the ODE: as near to data as other data are."""
+    panels, rows, n, abar = [], [], 8000, schedule("cosine", 200)
+    for data, box in ((toy.cut, 4), (toy.heart, 1.5)):
+        net, eps, x = toy.trained(data), as_eps(toy.trained(data, T=200), abar), torch.randn(n, 2, 1, 1)
+        levels = common.geometric_sigmas(5, 0.01, 100).tolist(), common.karras_sigmas(30, 0.01, 5.0).tolist()
+        samples = {"NCSN": toy.anneal(net, 5 * x, levels[0], 0.1, 4), "DDPM": sample(eps, x, abar),
+                   "ODE": toy.heun(toy.score(net), 5 * x, levels[1])}
+        rows += toy.compare({f"{data.__name__}, {name}": x for name, x in samples.items()}, data)
+        panels += [toy.cloud(f"{data.__name__}, {name}", x, box) for name, x in samples.items()]
+    return panels, rows
 
 def main():
     p = common.arguments(__doc__)

@@ -18,8 +18,9 @@ Differs  mean over pixels instead of sum; one U-Net that is told log sigma, no R
     python ncsn.py --dataset mnist              # trains, then see runs/ncsn-mnist/samples.png and process.gif
     python ncsn.py --dataset mnist --resume     # goes on; with --sample-only just draws
     python ncsn.py --dataset mnist --improved --out runs/ncsnv2-mnist     # Techniques 1 to 5
+    python ncsn.py --benchmark      # images a second of the default network, and what its convolutions allow
 """
-import math
+import concurrent.futures, functools, math, multiprocessing, sys, time
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -164,6 +165,227 @@ def denoiser(ckpt, net=None, device="cpu"):
         return y + sigma.view(-1, 1, 1, 1) ** 2 * score(net, y, sigma, label)
     return D
 
+# ------------------------------------------------- the papers' claims on points in the plane: python toy.py EXPERIMENT
+def settled(r, T, v=1.0):
+    """The variance v of N(0, 1) after T steps x + a s + sqrt(2a) z, r = a: v <- (1 - r)^2 v + 2 r, to 1 / (1 - r/2)."""
+    end = 1 / (1 - r / 2)
+    return end + (1 - r) ** (2 * T) * (v - end)
+
+def explicit(net, x, sigma):
+    """sigma^2 E[tr grad s + |s|^2 / 2] / d at one level sigma (1,), with the exact trace (Hyvarinen 2005): what the
+    sliced losses estimate, at the cost of d back-propagations."""
+    x_tilde = (x + sigma * torch.randn_like(x)).requires_grad_()
+    s = score(net, x_tilde, sigma.expand(len(x))).flatten(1)
+    trace = sum(torch.autograd.grad(s[:, i].sum(), x_tilde, create_graph=True)[0].flatten(1)[:, i]
+                for i in range(s.shape[1]))
+    return sigma.item() ** 2 * (trace + s.square().sum(1) / 2).mean() / s.shape[1]
+
+def cost(net, loss):
+    """(MiB that loss(net) keeps to back-propagate, variance of its gradient in 20 calls, summed over the weights)."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+        l = loss(net)
+    calls = [torch.autograd.grad(l if k == 0 else loss(net), list(net.parameters())) for k in range(20)]
+    return sum(kept.values()) / 2 ** 20, sum(torch.stack(g).var(0).sum().item() for g in zip(*calls))
+
+@torch.no_grad()
+def mala(log_density, score, x, a, T):
+    """(x, share accepted (B,)) after T Metropolis-adjusted Langevin steps (Roberts & Tweedie 1996) from x (B, C, H, W):
+    y = x + a s + sqrt(2a) z is taken with probability p(y) q(x | y) / (p(x) q(y | x)): p is exact, whatever a."""
+    log_q = lambda y, x: -(y - x - a * score(x)).square().sum((1, 2, 3)) / (4 * a)             # of the step to y from x
+    accepted = 0
+    for _ in range(T):
+        y = x + a * score(x) + math.sqrt(2 * a) * torch.randn_like(x)
+        ratio = log_density(y) + log_q(x, y) - log_density(x) - log_q(y, x)
+        take = torch.rand(len(x), device=x.device).log() < ratio           # (B,)
+        x, accepted = torch.where(take.view(-1, 1, 1, 1), y, x), accepted + take / T
+    return x, accepted
+
+def langevin():
+    """Langevin dynamics draws the density, but steps of size r inflate variances by 1 / (1 - r/2), above 2 forever."""
+    normal, marginal = toy.Mixture([1.0], [[2.0]], 0.99), toy.Mixture(m=((1.0,), (-1.0,)))     # 0.99 + 0.1^2 = 1
+    x = toy.anneal(toy.MIX.net, torch.randn(10_000, 2, 1, 1), [0.6], 0.06, 1000, denoise=False)[:, 0].flatten()
+    def squares(r, T):
+        return (toy.anneal(normal.net, 2 + torch.randn(10_000, 1, 1, 1), [0.1], 100 * r, T, denoise=False) - 2) ** 2
+    one, rows = toy.sweep("r", "variance after 100 steps", [k / 10 for k in (1, 3, 5, 7, 9, 11, 13, 15, 17, 18, 19)], {
+        "1 / (1 - r/2)": (lambda r: squares(r, 100), lambda r: 1 / (1 - r / 2))}, logy=True)
+    two, more = toy.sweep("T", "variance after T steps", (1, 2, 5, 10, 20, 40), {f"r = {r}": (
+        lambda T, r=r: squares(r, T), lambda T, r=r: settled(r, T)) for r in (1.9, 2.1)}, logx=True, logy=True)
+    return [toy.density("x_1", x, lambda x: marginal.log_density(toy.image(x[:, None]), 0.6).exp(), -4, 3), one, two], [
+        *rows, *more, toy.row("mean of x_1", x, -0.6)]
+
+def annealed():
+    """Plain Langevin dynamics gets the weights of far modes wrong; annealed, as many steps, right; exact score."""
+    paths, start = [], toy.uniform(4000)
+    plain = toy.anneal(toy.MODES.net, start, [0.1], 10, 1000)
+    x = toy.anneal(toy.MODES.net, start, toy.LADDER, 0.2, 100, frames=paths, every=1)
+    paths = torch.stack(paths[:-1]).flatten(2)                             # (1000, 16, 2)
+    length = (paths[1:] - paths[:-1]).norm(dim=2)                          # of steps; variance 2a / (1 - r/2) in a mode
+    exact = [(math.pi * 0.2 * s ** 2 / (1 - 0.1 * s ** 2 / (1 + s ** 2))) ** 0.5 for s in toy.LADDER]
+    calm, rows = toy.sweep("level", "length of a step", range(10), {"exact in a mode": (
+        lambda i: length[100 * i:100 * i + 99], lambda i: exact[i])}, logy=True)
+    lines = [("line", f"sigma {toy.LADDER[i]:.2g}", paths[100 * i:100 * i + 100, 0]) for i in range(0, 10, 3)]
+    return [toy.cloud("Langevin dynamics", plain, 10), toy.cloud("annealed Langevin dynamics", x, 10),
+            {"title": "one annealed path", "marks": lines, "box": (-25, 25)}, calm], [
+            toy.row("share at (5, 5), Langevin", toy.right(plain), 0.8),
+            toy.row("share at (5, 5), annealed", toy.right(x), 0.8), *rows]
+
+def scores():
+    """Where data are thin one level of noise has nothing to learn from; dark: |s - exact| / (|s| + |exact|) near 1."""
+    panels, rows, at = [toy.field("exact, sigma = 0.1", lambda x: toy.MODES.score(x, 0.1), 8)], [], toy.plane(8, 80)
+    for L, sigma in ((1, 0.1), (100, 0.1), (100, 5.0)):
+        net = toy.trained(toy.MODES, 10.0 if L > 1 else 0.1, 0.1, L)
+        s, exact = lambda x: toy.score(net)(x, sigma), lambda x: toy.MODES.score(x, sigma)
+        wrong = lambda x: (s(x) - exact(x)).norm(dim=1) / (s(x).norm(dim=1) + exact(x).norm(dim=1))
+        panels.append(toy.field(name := f"{L} level{'s'[:L - 1]}, sigma = {sigma:g}", s, 8, wrong))
+        for k, i in enumerate(toy.MODES.log_density(at, sigma).argsort(descending=True).chunk(4), 1):
+            rows.append(toy.agree(f"{name}, quarter {k} of the plane by density", s(at[i]), exact(at[i])))
+    return panels, rows
+
+def matching():
+    """Score matching by the exact trace, denoising, sliced: one network, one noise level, 200 steps of 64 points."""
+    sigma, rows, pairs, slopes = torch.tensor([0.5]), [], [], []
+    sliced = lambda net, x: loss(net, x, sigma, objective="ssm").item()
+    for d in (2, 10, 100):
+        data = toy.Mixture(m=[[1.0] * d, [-1.0] * d])
+        x = data(4000) + sigma * torch.randn(4000, d, 1, 1)
+        for objective in ("explicit", "dsm", "ssm", "ssm-vr"):
+            torch.manual_seed(0)
+            draw = lambda net: explicit(net, data(64), sigma) if objective == "explicit" else \
+                loss(net, data(64), sigma, objective=objective)
+            memory, variance = cost(net := toy.Net(d), draw)
+            start = time.process_time()
+            s, ms = toy.score(toy.fit(net, draw, 200))(x, 0.5), (time.process_time() - start) / 0.2
+            rows.append(toy.agree(f"d = {d}, {objective}: {ms:.1f} ms, {memory:.1f} MiB, gradient variance "
+                                  f"{variance:.2g}", s, data.score(x, 0.5)))
+    x, other, exact = toy.MIX(50_000), toy.Net().requires_grad_(False), toy.MIX.net
+    noisy = x + sigma * torch.randn_like(x)
+    best = toy.MIX.score(noisy, 0.5)
+    for k in range(12):                                                    # networks from far to near and beyond
+        net = lambda *at: k / 8 * exact(*at) + (1 - k / 8) * other(*at)
+        pairs.append(((toy.score(net)(noisy, 0.5) - best).square().mean().item() / 8, loss(net, x, sigma).item()))
+    a, b = torch.tensor(pairs).T
+    constant = 0.5 - best.square().mean().item() / 8                       # E|z|^2 / 2d - E|sigma s|^2 / 2d
+    for seed in range(20):                                                 # which c has the least loss of c s, s exact?
+        plus, minus = (sliced(lambda *at: sign * exact(*at), x) for sign in (1, -1) if torch.manual_seed(seed))
+        slopes.append((minus - plus) / 2 / (plus + minus))
+    marks = [("line", "slope 1", [(0, constant), (max(a), constant + max(a))]), ("dots", "networks", pairs)]
+    return [{"xlabel": "distance from the exact score", "ylabel": "denoising loss", "marks": marks}], [
+        *rows, toy.row("denoising loss less distance, 12 networks (Vincent 2011)", b - a, constant),
+        toy.agree("denoising loss less that, on distance", b - constant, a),
+        toy.row("ssm: the multiple of the exact score with the least loss", slopes, 1)]
+
+def steps():
+    """Ten levels: how the step falls with sigma, how long it is, how many there are, and where; exact score."""
+    def share(p=2, r=0.1, T=20, tilt=0):
+        x = toy.uniform(2000)
+        for i, s in enumerate(toy.LADDER):                                 # a = r sigma^p; T + tilt ... T - tilt steps
+            x = toy.anneal(toy.MODES.net, x, [s], r * s ** (p - 2), round(T + tilt * (1 - i / 4.5)), denoise=False)
+        return toy.right(x)
+    one = lambda x, xs, f, **log: toy.sweep(x, "share at (5, 5)", xs, {"data": (f, lambda v: 0.8)}, **log)
+    panels, rows = zip(one("p of a = 0.1 sigma^p", (0, 1, 1.5, 2, 2.5, 3), lambda p: share(p)),
+                       one("r of a = r sigma^2", (0.003, 0.01, 0.03, 0.1, 0.3, 1), lambda r: share(r=r), logx=True),
+                       one("T at r = 0.1", (1, 2, 5, 10, 20, 50, 100), lambda T: share(T=T), logx=True),
+                       one("T = 10 + tilt ... 10 - tilt", (-8, -4, 0, 4, 8), lambda k: share(T=10, tilt=k)))
+    return list(panels), sum(rows, [])
+
+def too_many_steps():
+    """More steps make samples worse where r is large: each level drifts to a variance 1 / (1 - r/2) times too large."""
+    thin, ladder = toy.Mixture(v=1e-3), geometric_sigmas(5, 0.1, 10).tolist()
+    def squares(r, T):
+        x = toy.anneal(thin.net, 5 * torch.randn(2000, 2, 1, 1), ladder, r, T, denoise=False)
+        return (x - thin.m[1 - toy.right(x).long()]).square() / (thin.v + 0.01)
+    def exact(r, T, v=25.0):                                               # of one mode alone
+        for u in [thin.v + s ** 2 for s in ladder]:
+            v = u * settled(r * (1 - thin.v / u), T, v / u)
+        return v / u
+    ways = {f"r = {r}": (lambda T, r=r: squares(r, T), lambda T, r=r: exact(r, T)) for r in (0.05, 0.2, 1.0, 1.9, 2.5)}
+    panel, rows = toy.sweep("T", "variance / exact", (1, 2, 5, 10, 20, 50), ways, logx=True, logy=True)
+    return [panel], rows
+
+def objective():
+    """The loss with a random sigma for each point is unbiased; how sigma is drawn decides its variance."""
+    n, R, L, normal, panels, rows = 100, 4000, 10, toy.Mixture([1.0], [[1.0, 1.0]], 0.5), [], []
+    sigma, even = geometric_sigmas(5, 0.1, L).float(), (torch.arange(n) % L).repeat(R)
+    for power in (2, 0):                                                   # half the exact score, whose loss is known
+        v = normal.v + sigma ** 2
+        l = sigma ** power / 2 * (1 / sigma ** 2 - 0.75 / v)               # (L,), the exact loss of each level
+        shared = sigma.outer(sigma) ** power / 4 * (normal.v / 4 / v.outer(v)) ** 2            # covariances of one x
+        ways = {"uniform": (torch.randint(L, (R * n,)), torch.ones(L), 2 * l.square().mean() - l.mean() ** 2),
+                "stratified": (even, torch.ones(L), l.square().mean()),
+                "all levels of a point": (even, torch.ones(L), l.square().mean() + shared.fill_diagonal_(0).sum() / L),
+                "importance": (l.multinomial(R * n, replacement=True), l.mean() / l, l.mean() ** 2)}
+        curves = []
+        for name, (i, weight, variance) in ways.items():
+            x = normal(R * n) if "point" not in name else normal(R * n // L).repeat_interleave(L, 0)
+            z, s = torch.randn_like(x), sigma[i].view(-1, 1, 1, 1)
+            terms = s ** power / 2 * (normal.score(x + s * z, sigma[i]) / 2 + z / s) ** 2       # eqs. (5), (6)
+            values = (weight[i] * terms.mean((1, 2, 3))).view(R, n).mean(1)
+            rows += [toy.row(f"lambda = sigma^{power}, {name}: mean", values, l.mean()),
+                     toy.row(f"lambda = sigma^{power}, {name}: variance", (values - l.mean()) ** 2, variance / n)]
+            counts = torch.histc(values / l.mean(), 30, 0.4, 1.6)
+            curves.append(("line", name, torch.stack([torch.linspace(0.42, 1.58, 30), counts / R / 0.04], 1)))
+        panels.append({"title": f"lambda = sigma^{power}", "xlabel": "estimate / exact loss", "marks": curves})
+    return panels, rows
+
+def metropolis():
+    """Metropolis' test takes away the error of the step; where modes are far apart only labels help."""
+    p, start, label = toy.MIX, torch.full((4000, 2, 1, 1), -1.0), toy.MIX.w.multinomial(4000, replacement=True)
+    square = lambda x: (x - p.m[1 - toy.right(x).long()]) ** 2             # of the distance from the mode
+    plain = lambda r: toy.anneal(p.net, p(4000), [1e-3], 0.1 * r / 1e-6, 200, denoise=False)
+    tested = {r: mala(p.log_density, p.score, p(4000), 0.1 * r, 200) for r in (0.05, 0.1, 0.3, 0.6, 0.9, 1.2, 1.5)}
+    one, rows = toy.sweep("r", "variance in a mode", tested, {
+        "Langevin": (lambda r: square(plain(r)), lambda r: 0.1 / (1 - r / 2)),
+        "MALA": (lambda r: square(tested[r][0]), lambda r: 0.1)})
+    two, more = toy.sweep("r", "accepted", tested, {"MALA": (lambda r: tested[r][1], lambda r: math.nan)})
+    walk = lambda label: toy.right(toy.anneal(p.net, start, [0.01], 500, 400, label=label))    # a = 0.05
+    return [one, two], [*rows, *more, toy.row("share at (1, 1), started at (-1, -1)", walk(None), 0.2),
+                        toy.row("share at (1, 1), with the score of a label drawn for each", walk(label), 0.2)]
+
+# ------------------------------------------------------------------------------------------------ from flags to files
+def benchmark(precision, device, batch=16, many=100, rounds=30):
+    """A line on the default network: images/s in training (forward, backward, Adam) and in one evaluation; what its
+    3x3 convolutions need, each timed alone (forward, backward, the faster layout), as a share of the step; the step's
+    arithmetic, of these convolutions, against that of the fastest of them; peak memory. Medians, taken in turn."""
+    common.keep_memory()
+    net, convs, t = UNet().to(device, memory_format=common.FORMAT["cuda" in device]), [], {}
+    x, noise = torch.randn(many, 1, 28, 28, device=device), torch.zeros(many, device=device)
+    net.bf16 = precision != "fp32"
+    for m in (m for m in net.modules() if getattr(m, "kernel_size", 0) == (3, 3)):
+        m.register_forward_hook(lambda m, x, y: convs.append((m.in_channels, m.out_channels, y.shape[-1], y.dtype)))
+    net(x[:batch], noise[:batch])
+    [m._forward_hooks.clear() for m in net.modules()]
+    net.compile() if precision == "compiled" else None
+    opt = torch.optim.Adam(net.parameters(), fused=True)
+    def step():
+        net(x[:batch], noise[:batch]).square().mean().backward()
+        opt.step(), opt.zero_grad()
+    jobs = {"step": step, "net": torch.no_grad()(lambda: net(x, noise))}
+    for key, form in ((key, form) for key in dict.fromkeys(convs) for form in common.FORMAT):
+        c_in, c_out, size, dtype = key
+        a, g = (torch.randn(batch, c, size, size).to(device, dtype, memory_format=form) for c in (c_in, c_out))
+        conv = torch.nn.Conv2d(c_in, c_out, 3, padding=1).to(device, dtype, memory_format=form)
+        jobs[key, form] = functools.partial(lambda conv, a, g: conv(a).backward(g), conv, a.requires_grad_(), g)
+    repeat = 20 if "cuda" in device else 1                               # on CUDA, hide the time to launch a kernel
+    for _ in range(rounds + 3):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            [job() for _ in range(repeat)]
+            torch.cuda.synchronize() if repeat > 1 else None
+            t.setdefault(name, []).append((time.perf_counter() - start) / repeat)
+    t = {name: float(np.median(seconds[3:])) for name, seconds in t.items()}
+    alone = [min(t[key, form] for form in common.FORMAT) for key in convs]
+    work = [3 * 18e-9 * c_in * c_out * size ** 2 * batch for c_in, c_out, size, _ in convs]  # Gflop, three passes
+    rate, fastest = sum(work) / t["step"], max(w / s for w, s in zip(work, alone))
+    if "cuda" in device:
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource                                                  # of Unix; macOS counts bytes, Linux KiB
+        memory = resource.getrusage(0).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (f"{precision:9s}{batch / t['step']:6.0f} images/s training {many / t['net']:6.0f} images/s an evaluation   "
+            f"convolutions {100 * sum(alone) / t['step']:.0f} % of a step   {rate:.0f} Gflop/s, "
+            f"{100 * rate / fastest:.0f} % of the fastest convolution's   peak {memory / 2 ** 20:.0f} MiB")
+
 def main():
     p = common.arguments(__doc__)
     p.add_argument("--steps", type=int, help="optimizer steps (None: 4000 on digits, 12000 on others; paper: 200,000)")
@@ -191,7 +413,17 @@ def main():
     p.add_argument("--no-denoise", action="store_true", help="leave out the last denoising step (paper: left out)")
     p.add_argument("--classes", action="store_true", help="train with the labels, one in ten being hidden")
     p.add_argument("--label", type=int, help="draw this class only; a network trained with --classes")
-    if (args := p.parse_args()).derive:
+    p.add_argument("--benchmark", action="store_true", help="print the speed of the default network, in fp32, in bf16, "
+                   "and in bf16 compiled, and stop")
+    if (args := p.parse_args()).benchmark:
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        require(device in ("cpu", "cuda"), f"--benchmark measures on cpu or cuda, not on --device {device}")
+        require(device == "cpu" or torch.cuda.is_available(), "--device cuda: there is none here")
+        for precision in ("fp32", "bf16", "compiled"):                 # each in a process of its own, for its memory
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                print(pool.submit(benchmark, precision, device).result(), flush=True)
+        return
+    if args.derive:
         images, _ = toy.load_images(args.dataset, args.data_dir, "train", args.size)
         sigma_1, T = args.sigma_max or largest_distance(images), (args.T or [5])[-1]
         require(0 < args.sigma_min < sigma_1, f"--sigma-min {args.sigma_min} is not between 0 and sigma_1 = {sigma_1}")

@@ -1584,29 +1584,29 @@ class Quality(Case):
     def test_frechet_distance(self):
         a = torch.randn(500, 5).double() @ torch.randn(5, 5).double()
         C, shift = a.T.cov(), torch.arange(5).double()
-        self.near(toy.frechet(a, a), 0, 1e-9)
-        self.near(toy.frechet(a, 3 * a + shift),
+        self.near(common.frechet(a, a), 0, 1e-9)
+        self.near(common.frechet(a, 3 * a + shift),
                   (2 * a.mean(0) + shift).square().sum() + 4 * C.trace(), 1e-8)        # tr (C + 9 C - 2 * 3 C)
         b = torch.randn(400, 5).double() @ torch.randn(5, 5).double()
         cross = torch.linalg.eigvals(C @ b.T.cov()).real.sqrt().sum()                  # another way to tr (C_a C_b)^(1/2)
-        self.near(toy.frechet(a, b),
+        self.near(common.frechet(a, b),
                   (a.mean(0) - b.mean(0)).square().sum() + C.trace() + b.T.cov().trace() - 2 * cross, 1e-8)
         a = torch.randn(100_000, 1)
-        self.near(toy.frechet(a, M + S * torch.randn(100_000, 1)), M ** 2 + (1 - S) ** 2, 0.05)
+        self.near(common.frechet(a, M + S * torch.randn(100_000, 1)), M ** 2 + (1 - S) ** 2, 0.05)
 
     def test_precision_and_recall(self):
         at = lambda *v: torch.tensor(v).double()[:, None] * torch.ones(1, 40)
         a = at(*range(1500))                                               # equal steps; the ends reach 3, the others 2
-        self.near(toy.inside(a, at(-2.9, -3.1, 700.5, 1498.9, 1501.9, 1502.1, 5000.0), k=3), 4 / 7, 1e-9)
-        self.near(toy.inside(a, a + 1e-3), 1, 1e-9)
-        self.near(toy.inside(torch.full((30, 40), 5.0).double(), a), 0, 1 / 1000)            # one point repeated: no reach
-        self.near(toy.inside(at(0.0, 1, 2, 9), at(5.5, 9.5, 16.9, 17.1), k=2), 0.75, 1e-9)
+        self.near(common.inside(a, at(-2.9, -3.1, 700.5, 1498.9, 1501.9, 1502.1, 5000.0), k=3), 4 / 7, 1e-9)
+        self.near(common.inside(a, a + 1e-3), 1, 1e-9)
+        self.near(common.inside(torch.full((30, 40), 5.0).double(), a), 0, 1 / 1000)            # one point repeated: no reach
+        self.near(common.inside(at(0.0, 1, 2, 9), at(5.5, 9.5, 16.9, 17.1), k=2), 0.75, 1e-9)
 
     def test_nearest(self):
         a, b = (torch.randint(0, 256, (n, 1, 4, 4), dtype=torch.uint8) for n in (600, 50))
         exact = torch.cdist(a.flatten(1).double(), b.flatten(1).double()).amin(1).mean() / 255
-        self.near(toy.nearest(a, b), exact, 1e-4)
-        self.near(toy.nearest(b, torch.cat([a, b])), 0, 2e-3)
+        self.near(common.nearest(a, b), exact, 1e-4)
+        self.near(common.nearest(b, torch.cat([a, b])), 0, 2e-3)
 
     def test_classifier_is_kept_with_a_record_and_made_again_for_other_data(self):
         self.assertGreater(self.accuracy, 0.97)
@@ -1693,10 +1693,10 @@ class Quality(Case):
 
 class Speed(Case):
     def test_benchmark(self):
-        line = common.benchmark("fp32", "cpu", batch=2, many=2, rounds=1)
+        line = ncsn.benchmark("fp32", "cpu", batch=2, many=2, rounds=1)
         training, evaluation, share, rate, of_fastest, peak = map(float, re.findall(r"(?<= )[0-9.]+(?= )", line[4:]))
         self.assertTrue(0 < training < evaluation and 0 < share < 200 and 0 < of_fastest <= share and 0 < rate and peak > 50)
-        self.assertEqual(self.command(common)[0], 2)
+        self.assertEqual(self.command(ncsn, "--benchmark", "--device", "mps")[0], 2)
 
 class Network(Case):
     def shaken(self, **kwargs):
@@ -1778,6 +1778,180 @@ class Network(Case):
             for draw in (sde.em, sde.reverse, sde.ancestral, sde.langevin, sde.pc):
                 self.assertEqual(draw(score, e, x, ts).device.type, "meta")
             self.assertEqual(sde.heun(score, e, x, 4, churn=2.0).device.type, "meta")
+
+class Laboratory(Case):
+    def agrees(self, rows, count, tolerance=4.5):
+        """Assert that so many rows have an exact value, each within so many standard errors: of 100 rows that are right,
+        one is off by more than 4.5 once in 1500 seeds, and the seed is fixed."""
+        known = [(label, (measured - exact) / error) for label, measured, error, exact in rows if math.isfinite(exact)]
+        self.assertEqual(len(known), count)
+        for label, distance in known:
+            self.assertLessEqual(abs(distance), tolerance, label)
+
+    def test_mixture_is_the_density_that_it_draws(self):
+        p, sigma = toy.Mixture((0.3, 0.7), ((1.0, 0.5), (-1.0, 0.0)), 0.2), torch.tensor([0.0, 0.3, 2.0]).repeat(7)
+        x = torch.randn(21, 2, 1, 1, dtype=torch.float64, requires_grad=True)
+        for level in (0.0, 0.7, sigma):
+            grad, = torch.autograd.grad(p.log_density(x, level).sum(), x)
+            self.near(p.score(x, level), grad, 1e-9)
+        self.near(p.net(x, sigma.clamp(min=0.1).log())[sigma > 0], (sigma.view(-1, 1, 1, 1) * grad)[sigma > 0], 1e-5)
+        at, width = toy.plane(6, 200), 12 / 201
+        noisy = p(100_000) + 0.7 * torch.randn(100_000, 2, 1, 1)
+        q = p.log_density(at, 0.7).exp() * width ** 2
+        self.near(q.sum(), 1, 1e-4)                                        # a density, that of the points with noise:
+        self.near(q @ at.flatten(1), noisy.mean(0).flatten(), 0.02)        # 1.2 / sqrt(100,000) = 0.004
+        self.near((at.flatten(1) * q[:, None]).T @ at.flatten(1), noisy.flatten(1).T @ noisy.flatten(1) / 1e5, 0.04)
+        label = torch.tensor([0, 1] * 10 + [0])
+        self.near(p.score(x, 0.5, label), (p.m[label] - x) / 0.45, 1e-6)
+
+    def test_data(self):
+        x = toy.cut(100_000).flatten(1)
+        self.assertGreaterEqual(x[:, 0].abs().min(), 0.5)
+        self.near(x.mean(0), 0, 0.02)
+        self.near(x.var(0), [1.25 + math.sqrt(2 / math.pi), 1], 0.03)      # E(|z| + 1/2)^2
+        x, y = toy.heart(50_000).flatten(1).T
+        self.assertEqual(len(x), 50_000)
+        self.assertLess(((x ** 2 + y ** 2 - 1) ** 3 - x ** 2 * y ** 3).max(), 1e-6)
+        self.near(x.mean(), 0, 0.02)
+        at = toy.plane(1.3, 300).flatten(1)
+        inside = (at.square().sum(1) - 1) ** 3 < at[:, 0] ** 2 * at[:, 1] ** 3
+        self.near(y.mean(), at[inside, 1].mean(), 0.02)                    # uniform
+
+    def test_energy_distance(self):
+        for shift in (0.5, 2.0):                                           # of N(0, 1) and N(shift, 1): x - y is normal
+            between = 2 / math.sqrt(math.pi) * math.exp(-shift ** 2 / 4) + shift * math.erf(shift / 2)
+            x, y = torch.randn(8000, 1), shift + torch.randn(8000, 1)
+            self.near(common.energy(x, y), 2 * between - 4 / math.sqrt(math.pi), 0.05)
+        few = [common.energy(torch.randn(5, 2, 1, 1), torch.randn(7, 2, 1, 1)) for _ in range(2000)]
+        self.near(np.mean(few), 0, 5 * np.std(few) / math.sqrt(2000))      # without bias: with it, 0.6
+        rows = toy.compare({"same": toy.MIX(4000), "moved": toy.MIX(4000) + 0.5}, toy.MIX)
+        (_, same, spread, floor), (_, moved, _, _) = rows
+        self.assertLess(abs(same - floor), 3 * spread)
+        self.assertGreater(moved, 0.2)
+        self.assertLess(abs(floor), 0.003)
+
+    def test_rows(self):
+        label, mean, error, exact = toy.row("a", [1.0, 2.0, 6.0], 3)
+        self.assertEqual((label, exact), ("a", 3))
+        self.near([mean, error], [3, math.sqrt(7 / 3)], 1e-9)              # variance 7 of 3 values
+        b = torch.randn(5000, 2, 1, 1)
+        label, slope, error, _ = toy.agree("b", 0.5 * b + 0.1 * torch.randn_like(b), b)
+        self.near(slope, 0.5, 5 * error)
+        self.near(error, 0.1 / math.sqrt(5000), 2e-4)
+        self.assertRegex(label, "distance 0.5[01]")                              # sqrt(0.5^2 + 0.1^2)
+
+    def test_langevin_inflates_by_the_formula_and_diverges_above_2(self):
+        v, end = 3.0, 1 / (1 - 0.3 / 2)
+        for T in range(1, 6):
+            v = (1 - 0.3) ** 2 * v + 2 * 0.3
+            self.near(ncsn.settled(0.3, T, 3.0), v, 1e-9)
+        self.near(ncsn.settled(0.3, 200), end, 1e-9)
+        self.agrees(ncsn.langevin()[1], 24)
+
+    def test_each_level_drifts_to_its_inflated_variance(self):
+        rows = ncsn.too_many_steps()[1]
+        self.agrees([row for row in rows if float(row[0].split()[-1]) >= 10 and "2.5" not in row[0]], 12)
+        self.assertGreater(rows[-1][1], 1e9)                               # r = 2.5 diverges
+
+    def test_annealing_finds_the_weights(self):
+        _, ((_, plain, _, _), annealed, *steps) = ncsn.annealed()
+        self.near(plain, 0.5, 0.04)                                        # where each started
+        self.near(annealed[1], 0.8, 0.03)                                  # 4.7 standard errors
+        self.agrees(steps, 10)
+
+    def test_metropolis_keeps_the_covariance_and_labels_mix(self):
+        _, rows = ncsn.metropolis()
+        self.agrees([r for r in rows if "(-1, -1)" not in r[0]], 15)
+        accepted = [r[1] for r in rows if r[0].startswith("accepted")]
+        self.assertEqual(accepted, sorted(accepted, reverse=True))
+        self.assertGreater(accepted[0], 0.99)                              # small steps are all taken
+        self.assertLess(rows[-2][1], 0.1)                                  # stays where it started
+
+    def test_random_sigmas_are_unbiased_and_have_the_variance_that_they_must(self):
+        self.agrees(ncsn.objective()[1], 16)
+
+    def test_explicit_loss_is_the_denoising_loss_less_a_constant(self):
+        sigma, x = torch.tensor([0.5]), toy.MIX(40_000)
+        noisy = x + 0.5 * torch.randn_like(x)
+        exact = toy.MIX.score(noisy, 0.5)
+        for c in (0.3, 1.0, 1.5):                                          # of any network: of c times the exact score
+            net = lambda *at: c * toy.MIX.net(*at)
+            distance = (c - 1) ** 2 * exact.square().mean() / 8            # sigma^2 / 2, and a mean over 2
+            self.near(ncsn.loss(net, x, sigma), distance + 0.5 - exact.square().mean() / 8, 0.01)
+            self.near(ncsn.explicit(net, x, sigma), distance - exact.square().mean() / 8, 0.01)
+        w = nn.Linear(1, 1, bias=False)
+        memory, variance = ncsn.cost(w, lambda w: (w.weight * (big := torch.randn(2 ** 18, 1))).sum() / 512)
+        self.near(memory, 1, 0.01)                                         # MiB: big, kept for its product with w
+        self.assertTrue(0.3 < variance < 2.2)                              # chi^2 of 19 degrees / 19
+
+    def test_fit_learns_the_score(self):
+        sigma, x = torch.tensor([0.5]), toy.MIX(2000)
+        net = toy.fit(toy.Net(), lambda net: ncsn.loss(net, toy.MIX(512), sigma), 300)
+        self.near(toy.agree("", toy.score(net)(x, 0.5), toy.MIX.score(x, 0.5))[1], 1, 0.05)
+        abar = ddpm.schedule("cosine", 50)                                 # the same network, as ddpm.py calls it
+        t = torch.tensor([1, 20, 50])
+        a, s = ddpm.kernel(abar, t)
+        x_t, f = torch.randn(3, 1, 1, 1), ddpm.as_eps(gaussian(), abar)
+        self.near(f(x_t, t), s * (x_t - a * M) / (a ** 2 * S ** 2 + s ** 2), 1e-4)
+        D = ncsn.denoiser(None, net=gaussian())                            # and back
+        self.near(ddpm.score_network(D)(x_t, t / 9), gaussian()(x_t, t / 9), 1e-3)
+
+    def test_ode_has_its_order_and_its_likelihood(self):
+        panels, ((_, euler, _, _), (_, heun, _, _), (_, log_p, _, _), *bends) = toy.ode()
+        self.near([euler, heun], [1, 2], 0.1)
+        self.near(log_p, 0, 1e-3)                                          # nats; the error of 200 steps
+        self.assertLess(bends[1][1], bends[0][1])                          # EDM's are the straightest
+        self.assertLess(bends[1][1], bends[2][1])
+        x = toy.heun(lambda x, sigma: -(x - M) / (S ** 2 + sigma ** 2), torch.full((1, 1, 1, 1), M + 3.0).double(),
+                     common.karras_sigmas(300, 0.01, 5.0).tolist())
+        self.near(x, M + 3 * S / math.sqrt(S ** 2 + 25), 1e-3)             # in closed form, from sigma = 5 to 0
+
+    def test_conditional(self):
+        panels, rows = toy.conditional()
+        at = torch.linspace(-5, 5, 4001)
+        p = toy.MIX.log_density(torch.stack([torch.full_like(at, 0.1), at], 1)[..., None, None]).exp()
+        curve = torch.as_tensor(panels[0]["marks"][0][2])
+        self.near(curve[:, 1], np.interp(curve[:, 0], at, p / p.sum() / 0.0025), 1e-3)
+        self.near(rows[0][3], p[at > 0].sum() / p.sum(), 1e-3)
+        self.assertLess(rows[0][1], 0.35)                                  # replacing is far off, repeating nearer
+        self.assertGreater(rows[-1][1], rows[0][1] + 0.08)
+
+    def test_panels_put_marks_where_they_belong(self):
+        def at(marks, colour, **options):
+            rgb = np.asarray(toy.panel(marks, size=(800, 800), **options)).astype(int)
+            y, x = np.nonzero(np.abs(rgb[82:728, 120:758] - colour).sum(-1) < 12)               # inside the axes
+            return (x + 120 - 80) / 680, 1 - (y + 82 - 80) / 650
+        blue, box = (0x25, 0x63, 0xeb), (-2, 2)
+        x, y = at([("dots", "", [(1.0, -1.0), (7.0, 7.0)])], blue, box=box)                    # the second is outside
+        self.near([x.mean(), y.mean()], [0.75, 0.25], 0.02)
+        x, y = at([("arrows", "", [(0.0, 0.0, 1.0, 0.0)])], blue, box=box)
+        self.near([x.min(), x.max()], [0.5, 0.75], 0.02)
+        self.near(np.ptp(y[x > 0.7]), 0.08, 0.04)                          # the head is at the end
+        self.near(np.ptp(y[x < 0.6]), 0, 0.01)
+        heat = np.zeros((2, 2))
+        heat[0, 1] = 1                                                     # row 0 is the top
+        x, y = at([("heat", "", heat)], toy.SHADES[-1], box=box)
+        self.assertTrue(x.min() > 0.5 and y.min() > 0.5)
+        x, y = at([("dots", "", [(0.0, 0.0, 1.5)])], blue, box=box)
+        self.near([y.min(), y.max()], [0.125, 0.875], 0.01)                # the error bar
+        panel, rows = toy.sweep("x", "y", (1.0, 2.0), {"f": (lambda v: [v, v + 2], lambda v: v + 1)})
+        self.assertEqual(rows, [("y, f, x = 1", 2.0, 1.0, 2.0), ("y, f, x = 2", 3.0, 1.0, 3.0)])
+        self.assertEqual([m[2] for m in panel["marks"]], [[(1.0, 2.0), (2.0, 3.0)], [(1.0, 2.0, 2.0), (2.0, 3.0, 2.0)]])
+        dots = toy.density("", torch.randn(100_000), lambda x: x, -2, 2)["marks"][1][2]
+        normal = (-dots[:, 0] ** 2 / 2).exp() / math.sqrt(2 * math.pi)
+        self.assertLessEqual(((dots[:, 1] - normal) / dots[:, 2]).abs().max(), 2.5)            # of two standard errors
+
+    def test_command(self):
+        table = lambda: ([{"marks": [("dots", "", [(0, 0), (1, 1)])]}] * 4, [("a claim", 1.5, 0.25, 1.0), ("b", 2, math.nan, 3)])
+        with mock.patch.object(ncsn, "annealed", table):
+            code, out, err = self.command(toy, "annealed", "--out", self.dir)
+        self.assertEqual((code, err), (0, ""))
+        self.assertRegex(out, r"a claim +1.5 +\+- 0.25 +exact 1 *\n +b +2 +exact 3")
+        with Image.open(self.dir / "annealed.png") as picture:
+            self.assertEqual(picture.size, (880, 800))                     # two by two
+        code, _, err = self.command(toy, "anneal", "--out", self.dir)
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("too-many-steps", err)
 
 class Images(Case):
     def idx(self, name="mnist", n=3):
@@ -1967,9 +2141,9 @@ class Pictures(Case):
 
     def test_plot_draws_the_curve_where_it_belongs(self):
         def ends(points, **axes):
-            toy.plot(self.dir / "plot.png", {"curve": points}, "x", "y", **axes)
+            toy.plot(self.dir / "plot.png", {"": points}, "x", "y", **axes)
             rgb = np.asarray(Image.open(self.dir / "plot.png").convert("RGB")).astype(int)
-            y, x = np.nonzero((np.abs(rgb - [0x25, 0x63, 0xeb]).sum(-1) < 40)[80:389, 86:640])     # without the legend
+            y, x = np.nonzero((np.abs(rgb - [0x25, 0x63, 0xeb]).sum(-1) < 40)[80:389, 26:700])
             return rgb.shape, x.min(), x.max(), y[x == x.min()].mean(), y[x == x.max()].mean(), np.median(y)
         shape, left, right, low, high, middle = ends([(0, 0), (1, 0.8)])
         self.assertEqual(shape, (450, 720, 3))

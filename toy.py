@@ -1,15 +1,21 @@
-"""Data and pictures: image sets and how they are read, PNG grids, GIFs and plots, distances between two sets of points,
-and the digits that this project draws itself, so that it needs no download.
+"""Data, pictures, and a laboratory in two dimensions, where the score is known and every claim has an exact answer.
 
-    python toy.py               # draws the digits set into data/digits, and a sheet of it into runs/toy/digits.png
+    python toy.py                # the tour: exact score, learned score, Langevin and annealed Langevin dynamics
+    python toy.py EXPERIMENT     # a picture runs/toy/EXPERIMENT.png, and a table of measured numbers beside exact ones
+    python toy.py all            # every experiment
+    python toy.py digits         # a sheet of the digits that this project draws itself
 """
-import concurrent.futures, gzip, hashlib, http.client, io, math, os, socket, struct, tarfile, urllib.request, zlib
+import argparse, functools, gzip, hashlib, http.client, io, itertools, math, os, socket, struct, tarfile, time
+import urllib.request, zlib
 from pathlib import Path
 import numpy as np
 import torch
+import torch.distributions as D
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 import common
+import ddpm
+import ncsn
 
 # ------------------------------------------------------------------------------------------------- image sets
 FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
@@ -44,7 +50,7 @@ def load_images(name, data_dir="data", split="train", size=None):
         names = [n + gz for n in (stem, stem.replace("-idx", ".idx")) for gz in ("", ".gz")]
         path = next((folder / n for n in names if (folder / n).exists()), folder / names[name != "digits"])
         if name == "digits" and not path.exists():
-            draw_digits(folder, FILES[files])
+            common.draw_digits(folder, FILES[files])
         arrays.append(torch.tensor(read(path, parse_idx, sha256)))
     return arrays[0][:, None], arrays[1].long()
 
@@ -150,107 +156,345 @@ def save_process(frames, path, low=0.0, rows=6, columns=11):
     shown = [frames[round(k)][:rows] for k in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
     save_picture(grid(torch.stack(shown, dim=1).flatten(0, 1), low, cols=len(shown)), path)
 
-def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
-    """A line plot {label: [(x, y), ...]} as PNG, without points that are not finite, or not positive on a log axis."""
-    ok = lambda v, log: math.isfinite(v) and (v > 0 or not log)
-    curves = {label: [(x, y) for x, y in c if ok(x, logx) and ok(y, logy)] for label, c in curves.items()}
-    colors = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563"] * len(curves)
-    large, small = ImageFont.load_default(30), ImageFont.load_default(26)
-    left, right, top, bottom, points = 170, 1400, 80, 780, sum(curves.values(), [])
-    draw = ImageDraw.Draw(picture := Image.new("RGB", (1440, 900), "white"))
-    def axis(values, log, start, end):
-        """(function from a value to its pixel, values to mark) for an axis that runs from pixel start to end."""
-        low, high = min(values, default=1), max(values, default=10)
-        if low == high:
-            low, high = (low / 2, low * 2) if log else (low - abs(low) - 1, low + abs(low) + 1)
-        f, exponent = (math.log10 if log else float), math.floor(math.log10(high / low if log else high - low))
-        marks = [m * 10.0 ** k for k in range(-12, 13) for m in ((1,) if exponent > 1 else (1, 2, 5))]
-        if not log:
-            step = min((m for m in marks if m >= (high - low) / 6), default=high - low)
-            marks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-        a, b = 1.03 * f(low) - 0.03 * f(high), 1.03 * f(high) - 0.03 * f(low)
-        return lambda v: start + (f(v) - a) / (b - a) * (end - start), [m for m in marks if low <= m <= high]
-    px, xs = axis([x for x, y in points], logx, left, right)
-    py, ys = axis([y for x, y in points], logy, bottom, top)
-    for line, at, text, anchor in [((px(v), top, px(v), bottom), (px(v), bottom + 12), f"{v:g}", "mt") for v in xs] + \
-            [((left, py(v), right, py(v)), (left - 14, py(v)), f"{v:g}", "rm") for v in ys]:
-        draw.line(line, "#e5e7eb", 2)
+COLORS = ["#2563eb", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b5563"]   # told apart by all eyes
+SHADES = [(255, 255, 255), (219, 234, 254), (147, 197, 253), (37, 99, 235), (23, 37, 84)]   # of a heat map, 0 to 1
+
+def axis(values, log, margin):
+    """(function from a value to 0 ... 1, values to mark) of an axis that holds the values and a margin."""
+    low, high = min(values, default=1), max(values, default=10)
+    if low == high:
+        low, high = (low / 2, low * 2) if log else (low - abs(low) - 1, low + abs(low) + 1)
+    f, exponent = (math.log10 if log else float), math.floor(math.log10(high / low if log else high - low))
+    marks = [m * 10.0 ** k for k in range(-12, 13) for m in ((1,) if exponent > 1 else (1, 2, 5))]
+    if not log:
+        step = min((m for m in marks if m >= (high - low) / 6), default=high - low)
+        marks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    a, b = (1 + margin) * f(low) - margin * f(high), (1 + margin) * f(high) - margin * f(low)
+    return lambda v: (f(v) - a) / (b - a), [m for m in marks if low <= m <= high]
+
+def panel(marks, xlabel="", ylabel="", title="", logx=False, logy=False, box=None, size=(1440, 900)):
+    """Axes as a Pillow picture, with marks (kind, label, points): line (x, y); curve, a line with its points; dots
+    (x, y) or (x, y, error); arrows (x, y, dx, dy); heat: values (n, n) from 0 to 1 over a box (low, high)^2.
+    Points that are not finite, outside the box, or not positive on a log axis are left out."""
+    (W, H), large, small = size, ImageFont.load_default(30), ImageFont.load_default(26)
+    draw = ImageDraw.Draw(picture := Image.new("RGB", (W, H), "white"))
+    ok = lambda v, log: math.isfinite(v) and (v > 0 or not log) and (box is None or box[0] <= v <= box[1])
+    marks = [(kind, label, p if kind == "heat" else [q for q in torch.as_tensor(p).tolist() if
+              ok(q[0], logx) and ok(q[1], logy)]) for kind, label, p in marks]
+    points = [q for kind, _, p in marks if kind != "heat" for q in p]
+    fx, xs = axis(box or [q[0] for q in points], logx, 0 if box else 0.03)
+    fy, ys = axis(box or [q[1] for q in points], logy, 0 if box else 0.03)
+    left = 44 + round(max((small.getlength(f"{v:g}") for v in ys), default=0))
+    right, top, bottom, k, color = W - 40, 80, H - (120 if xlabel else 70), 0, COLORS[0]
+    high = [fx(q[0]) for q in points if fy(q[1]) > 0.6]                  # the legend goes where there are fewer
+    legend, side, anchor = (left, 1, "lm") if sum(x > 0.5 for x in high) > len(high) / 2 else (right, -1, "rm")
+    px, py = lambda v: left + fx(v) * (right - left), lambda v: bottom - fy(v) * (bottom - top)
+    for at, text, anchor in [((px(v), bottom + 12), f"{v:g}", "mt") for v in xs] + \
+            [((left - 14, py(v)), f"{v:g}", "rm") for v in ys]:
+        draw.line((at[0], top, at[0], bottom) if anchor == "mt" else (left, at[1], right, at[1]), "#e5e7eb", 2)
         draw.text(at, text, "#374151", small, anchor)
-    for (label, curve), color, k in zip(curves.items(), colors, range(len(curves))):
-        draw.line([(px(x), py(y)) for x, y in curve] or [(0, 0)], color, 5, joint="curve")
-        for x, y in curve if len(curve) <= 30 else []:
-            draw.ellipse([px(x) - 7, py(y) - 7, px(x) + 7, py(y) + 7], color)
-        draw.line([right - 70, top + 34 + 40 * k, right - 20, top + 34 + 40 * k], color, 7)              # legend
-        draw.text((right - 84, top + 34 + 40 * k), label, "#111827", small, "rm", stroke_width=6, stroke_fill="white")
+    for kind, label, p in marks:
+        color = COLORS[k % len(COLORS)] if label else color          # without a label: the last one's colour
+        if kind == "heat":
+            at, value = np.linspace(0, 1, len(SHADES)), torch.as_tensor(p).numpy()
+            rgb = np.stack([np.interp(value, at, c) for c in zip(*SHADES)], -1).round().astype(np.uint8)
+            rgb = Image.fromarray(rgb).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+            picture.paste(rgb, (left, top))
+        elif kind in ("line", "curve"):
+            draw.line([(px(q[0]), py(q[1])) for q in p] or [(0, 0)], color, 5, joint="curve")
+        for x, y, u, v in p if kind == "arrows" else []:
+            at = lambda along, across: (px(x + along * u - across * v), py(y + along * v + across * u))
+            draw.line([at(0, 0), at(0.9, 0)], color, 4)
+            draw.polygon([at(1, 0), at(0.65, 0.22), at(0.65, -0.22)], color)
+        for x, y, *e in p if kind == "dots" or kind == "curve" and len(p) <= 30 else []:
+            r = 7 if len(p) <= 100 else 3
+            draw.ellipse([px(x) - r, py(y) - r, px(x) + r, py(y) + r], color)
+            draw.line([px(x), py(y if logy and y <= e[0] else y - e[0]), px(x), py(y + e[0])], color, 3) if e else None
+        if label:
+            y, k = top + 34 + 40 * k, k + 1
+            draw.text((legend + side * 84, y), label, "#111827", small, anchor, stroke_width=6, stroke_fill="white")
+            x, (half, thick) = legend + side * 45, (7, 7) if kind == "dots" else (25, 3)
+            draw.rounded_rectangle([x - half, y - thick, x + half, y + thick], thick, color)
     draw.rectangle([left, top, right, bottom], outline="#374151", width=2)
-    for at, text, anchor in (((left, 40), ylabel, "lm"), ((right, 40), title, "rm"), ((785, 866), xlabel, "mm")):
+    for at, text, anchor in (((left, 40), ylabel, "lm"), ((right, 40), title, "rm"), ((W / 2, H - 34), xlabel, "mm")):
         draw.text(at, text, "#111827", large, anchor)
-    save_picture(picture.resize((720, 450), Image.Resampling.LANCZOS), path)               # smooths the lines
+    return picture
 
-# ------------------------------------------------------------------------------------------- two sets of points
-def frechet(a, b):
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared Frechet distance of the normal distributions with
-    the means and covariances of the rows of a and of b (Heusel 2017, eq. 6)."""
-    (m, A), (n, B) = ((x.double().mean(0), x.double().T.cov().view(x.shape[1], -1)) for x in (a, b))
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()          # tr (A B)^(1/2)
-    return ((m - n).square().sum() + A.trace() + B.trace() - 2 * cross).item()
+def figure(path, panels):
+    """Panels, options of panel(), in up to three columns; drawn twice as large and shrunk, which smooths the lines."""
+    cols = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
+    W, H = [(1440, 900), (880, 800), (600, 580)][cols - 1]
+    sheet = Image.new("RGB", (W * cols, H * math.ceil(len(panels) / cols)), "white")
+    for k, options in enumerate(panels):
+        sheet.paste(panel(**options, size=(W, H)), (k % cols * W, k // cols * H))
+    save_picture(sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS), path)
 
-def inside(a, b, k=3):
-    """Share of the rows of b that lie no farther from some row of a than its k-th neighbour in a does: precision for
-    a real and b drawn, recall the other way round (Kynkaanniemi 2019, eqs. 1, 2)."""
-    hit = torch.zeros(len(b), dtype=torch.bool)
-    for rows in a.split(1000):
-        radius = torch.cdist(rows, a).kthvalue(k + 1).values             # one of them is the row itself
-        hit |= (torch.cdist(rows, b) <= radius[:, None]).any(0)
-    return hit.double().mean().item()
+def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
+    """A line plot {label: [(x, y), ...]} as PNG."""
+    figure(path, [{"marks": [("curve", *c) for c in curves.items()], "xlabel": xlabel, "ylabel": ylabel, "title": title,
+                   "logx": logx, "logy": logy}])
 
-def nearest(a, b):
-    """Mean distance, over the images a, to the nearest of the images b; both uint8, the distance in units of [0, 1]."""
-    a, b = a.flatten(1) / 255, b.flatten(1) / 255
-    return torch.cat([torch.cdist(rows, b).amin(1) for rows in a.split(500)]).mean().item()
+# ------------------------------------------------- the laboratory: points are images of d channels, (n, d, 1, 1)
+def image(x):
+    """Points (n, d) as images."""
+    return torch.as_tensor(x)[..., None, None]
 
-# ------------------------------------------------------------------------------------------------------ digits
-def draw_digits(folder, stems):
-    """Draw digits, 60,000 + 10,000 of 28 x 28: Pillow's own font in six stroke widths, blurred, through a random affine
-    map and a smooth elastic warp. Single IEEE operations of numpy only (no BLAS, sin or cos): every machine with the
-    same numpy and Pillow draws the same bytes."""
-    S, chunk, font, glyphs = 136, 500, ImageFont.load_default(102), []   # glyphs (S, S) are 4 times as large
-    for digit, stroke in ((d, s) for d in "0123456789" for s in range(6)):
-        im = Image.new("L", (S, S))
-        ImageDraw.Draw(im).text((S / 2, S / 2), digit, 255, font, "mm", stroke_width=stroke)
-        glyphs.append(np.asarray(im.filter(ImageFilter.GaussianBlur(2.5)), np.float64))
-    ink, u = np.stack(glyphs).ravel(), np.arange(28.0) - 13.5            # u: pixel centres
-    bump = np.square(np.maximum(0, 1 - np.square((u[:, None] - 9 * np.arange(-2, 3)) / 14)))      # (28, 5)
+class Mixture:
+    """sum_k w_k N(m_k, v I): a data set whose density and score are known, also at noise sigma: v + sigma^2 for v."""
+    def __init__(self, w=(0.2, 0.8), m=((1.0, 1.0), (-1.0, -1.0)), v=0.1):
+        self.w, self.m, self.v = torch.as_tensor(w), image(m), v           # (K,), (K, d, 1, 1)
 
-    def draw(seed):
-        rng = np.random.default_rng(seed)
-        uniform = lambda r, *shape: r * (2 * rng.random((2, chunk, *shape)) - 1)                  # two of each
-        label, stroke = rng.integers(10, size=chunk), rng.integers(6, size=chunk)
-        (a, d), (b, c), shift = 1.02 + uniform(0.2, 1, 1), uniform(0.25, 1, 1), uniform(1.5, 1, 1)
-        bend = uniform(1.6, 5, 5)                                        # warp = sum_ij bump_i(y) bump_j(x) bend_ij
-        rows = sum(bump[:, i, None] * bend[:, :, None, i, :] for i in range(5))                   # (2, chunk, 28, 5)
-        warp = shift + sum(rows[..., j, None] * bump[:, j] for j in range(5))                     # (2, chunk, 28, 28)
-        x, y = a * u + (b + 0.1) * u[:, None] + warp[0], 0.5 * c * u + d * u[:, None] + warp[1]
-        x, y = (np.clip(4 * v + S / 2 - 0.5, 0, S - 2.001) for v in (x, y))
-        ix, iy = x.astype(np.int64), y.astype(np.int64)
-        at, fx, fy = ((label * 6 + stroke)[:, None, None] * S + iy) * S + ix, x - ix, y - iy
-        top, bottom = ((1 - fx) * ink[at + s] + fx * ink[at + s + 1] for s in (0, S))             # bilinear
-        return np.minimum(1.15 * ((1 - fy) * top + fy * bottom), 255).round().astype(np.uint8), label.astype(np.uint8)
-    train = stems[0].startswith("train")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = pool.map(draw, ([1 - train, k] for k in range(120 if train else 20)))
-        arrays = [np.concatenate(a) for a in zip(*chunks)]
-    for stem, a in zip(stems, arrays):
-        with common.aside(folder / stem) as f:
-            f.write(struct.pack(f">HBB{a.ndim}I", 0, 8, a.ndim, *a.shape) + a.tobytes())
-    print(f"data   drew {len(a)} digits into {folder}", flush=True)
+    def __call__(self, n):
+        """n points."""
+        m = self.m[self.w.multinomial(n, replacement=True)]
+        return m + self.v ** 0.5 * torch.randn_like(m)
+
+    def parts(self, x, sigma=0.0):
+        """log w_k N(x; m_k, (v + sigma^2) I), (n, K), and v + sigma^2, for sigma a number or (n,)."""
+        v = self.v + torch.as_tensor(sigma).to(x).view(-1, 1) ** 2
+        square = (x[:, None] - self.m.to(x)).square().sum((2, 3, 4))
+        return self.w.to(x).log() - square / (2 * v) - x[0].numel() / 2 * (2 * math.pi * v).log(), v
+
+    def log_density(self, x, sigma=0.0):
+        return self.parts(x, sigma)[0].logsumexp(1)
+
+    def score(self, x, sigma=0.0, label=None):
+        """grad log density; with labels (n,), of the one normal distribution that each names."""
+        parts, v = self.parts(x, sigma)
+        p = parts.softmax(1) if label is None else F.one_hot(label, len(self.w)).to(x)
+        return ((p @ self.m.to(x).flatten(1)).view_as(x) - x) / v[..., None, None]
+
+    def net(self, x, log_sigma, label=None):
+        """The exact network: sigma times the score."""
+        return log_sigma.exp().view(-1, 1, 1, 1) * self.score(x, log_sigma.exp(), label)
+
+def cut(n):
+    """A standard normal distribution cut in two, the halves moved one unit apart."""
+    return image((x := torch.randn(n, 2)) + x.sign() * torch.tensor([0.5, 0]))
+
+def heart(n):
+    """Uniform where (x^2 + y^2 - 1)^3 < x^2 y^3."""
+    x, y = torch.rand(2, 4 * n + 100) * 2.6 - 1.3
+    return image(torch.stack([x, y], 1)[(x ** 2 + y ** 2 - 1) ** 3 < x ** 2 * y ** 3][:n])
+
+class Net(torch.nn.Module):
+    """net(x, log sigma, label=None): the scripts' U-Net in small."""
+    def __init__(self, d=2, width=128):
+        super().__init__()
+        layers = [f for k in (d + 8, width, width) for f in (torch.nn.Linear(k, width), torch.nn.SiLU())]
+        self.layers = torch.nn.Sequential(*layers, torch.nn.Linear(width, d))
+
+    def forward(self, x, log_sigma, label=None):
+        angle = log_sigma[:, None] * torch.tensor([0.25, 0.5, 1, 2])
+        h = x.flatten(1) / (1 + (2 * log_sigma).exp()).sqrt()[:, None]
+        return self.layers(torch.cat([h, angle.sin(), angle.cos()], 1)).view_as(x)
+
+def fit(net, loss, steps=2000):
+    """The network after so many steps of Adam on loss(net), with a learning rate that rises and falls to 0."""
+    opt = torch.optim.Adam(net.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, steps, pct_start=0.05)
+    for _ in range(steps):
+        loss(net).backward()
+        opt.step(), opt.zero_grad(), schedule.step()
+    return net.requires_grad_(False)
+
+@functools.cache
+def trained(data, sigma_max=5.0, sigma_min=0.01, L=100, T=None):
+    """The network of ncsn.loss on L levels, or of ddpm.loss on T steps; one for all experiments."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sigma, abar = common.geometric_sigmas(sigma_max, sigma_min, L).float(), ddpm.schedule("cosine", T or 2)
+        return fit(Net(), lambda net: ddpm.loss(ddpm.as_eps(net, abar), data(512), abar) if T else
+                   ncsn.loss(net, data(512), sigma))
+
+def score(net):
+    """The score of a network as a function of x and a number sigma."""
+    return lambda x, sigma: ncsn.score(net, x, torch.full((len(x),), float(sigma)))
+
+def anneal(net, x, sigma, r, T, **options):
+    """ncsn.py's annealed Langevin dynamics with T steps a = r sigma^2 on each of the levels sigma, a list."""
+    return ncsn.sample(net, x, sigma := torch.tensor(sigma), 2 * r * sigma[-1] ** 2, [T] * len(sigma), **options)
+
+def heun(score, x, sigma, order=2):
+    """The probability-flow ODE dx = -sigma s dsigma along a list of sigma, by EDM's Algorithm 1; of order 1: Euler."""
+    for a, b in zip(sigma, sigma[1:]):
+        d = -a * score(x, a)
+        y = x + (b - a) * d
+        x = x + (b - a) * (d - b * score(y, b)) / 2 if order == 2 and b > 0 else y
+    return x
+
+def compare(samples, data, n=2000):
+    """Rows with the energy distances of {label: points} to n data, a mean over sets of n; beside it the mean of ten
+    pairs of sets of data, whose deviation stands in place of the standard error."""
+    real = torch.tensor([common.energy(data(n), data(n)) for _ in range(10)])
+    mean = lambda x: sum(common.energy(part, data(n)) for part in x.split(n)) * n / len(x)
+    return [(f"energy distance, {k}", mean(x), real.std().item(), real.mean().item()) for k, x in samples.items()]
+
+def row(label, values, exact=math.nan):
+    """A row of a table, (label, measured, its standard error, exact), of independent values."""
+    values = torch.as_tensor(values, dtype=torch.float64).flatten()
+    return label, values.mean().item(), values.std().item() / len(values) ** 0.5, float(exact)
+
+def agree(label, a, b, exact=1.0):
+    """A row: slope of the scores a on b; their relative distance goes into the label."""
+    norm, slope = b.square().sum(), (a * b).sum() / b.square().sum()
+    error = ((a - slope * b).square().sum() / norm / len(a)).sqrt()
+    return f"{label}: distance {((a - b).square().sum() / norm).sqrt():.3f}, slope", slope.item(), error.item(), exact
+
+def sweep(x, y, xs, ways, **options):
+    """A panel and rows of {label: (f, exact)}: dots are the means of f(x), with two standard errors, the line exact."""
+    rows = {k: [row(f"{y}, {k}, {x} = {v:g}", f(v), exact(v)) for v in xs] for k, (f, exact) in ways.items()}
+    marks = [mark for label, part in rows.items() for mark in (
+        ("line", label, [(v, exact) for v, (_, _, _, exact) in zip(xs, part)]),
+        ("dots", "", [(v, mean, 2 * error) for v, (_, mean, error, _) in zip(xs, part)]))]
+    return {"marks": marks, "xlabel": x, "ylabel": y, **options}, sum(rows.values(), [])
+
+def right(x):
+    """1 for the points in the upper right half of the plane, else 0."""
+    return (x.sum((1, 2, 3)) > 0).double()
+
+def density(title, x, exact, low, high):
+    """A panel of the histogram of numbers x, with two standard errors, and of the exact density."""
+    counts, at, unit = torch.histc(x, 40, low, high), torch.linspace(low, high, 81), 40 / (high - low) / len(x)
+    dots = torch.stack([at[1::2], counts * unit, 2 * counts.sqrt() * unit], 1)
+    return {"title": title, "marks": [("line", "exact", torch.stack([at, exact(at)], 1)), ("dots", "drawn", dots)]}
+
+def plane(box, n):
+    """n^2 points of the square (-box, box)^2, row by row from its top as in a heat map."""
+    x = torch.linspace(-box, box, n + 2)[1:-1]
+    return image(torch.stack(torch.meshgrid(x, x.flip(0), indexing="xy"), 2).view(-1, 2))
+
+def field(title, f, box, heat=None):
+    """A panel of arrows f(x), as long as the square root of what they stand for, over a heat map of heat(x)."""
+    x, heat = plane(box, 14), [("heat", "", heat(plane(box, 80)).view(80, 80))] if heat else []
+    v = f(x) / f(x).norm(dim=1, keepdim=True).sqrt()
+    arrows = torch.cat([x, 2 * box / 15 * v / v.norm(dim=1).max()], 1).flatten(1)
+    return {"title": title, "marks": [*heat, ("arrows", "", arrows)], "box": (-box, box)}
+
+def cloud(title, x, box):
+    return {"title": title, "marks": [("dots", "", x[:2000].flatten(1))], "box": (-box, box)}
+
+# -------------------------------------------------------------- experiments: panels of a picture, rows of a table
+MIX, MODES = Mixture(), Mixture((0.8, 0.2), ((5.0, 5.0), (-5.0, -5.0)), 1.0)           # the second is NCSN's
+LADDER = common.geometric_sigmas(10, 0.1, 10).tolist()
+uniform = lambda n: 16 * torch.rand(n, 2, 1, 1) - 8                                    # points of (-8, 8)^2
+
+def tour():
+    """Exact score, learned score, and what Langevin and annealed Langevin dynamics draw with the learned one."""
+    net, x, exact = trained(MODES, 10.0, 0.1), MODES(2000), lambda x: MODES.score(x, 1.0)
+    plain, annealed = (anneal(net, uniform(2000), *way) for way in (([0.1], 10, 1000), (LADDER, 0.2, 100)))
+    shade = lambda x: (12 * MODES.log_density(x, 1.0).exp()) ** 0.5
+    return [field("exact score, sigma = 1", exact, 8, shade), field("learned", lambda x: score(net)(x, 1.0), 8, shade),
+            cloud("Langevin dynamics", plain, 8), cloud("annealed Langevin dynamics", annealed, 8)], [
+            agree("learned score on exact", score(net)(x, 1.0), exact(x)), row("share at (5, 5), data", right(x), 0.8),
+            row("share at (5, 5), Langevin", right(plain), 0.8), row("share at (5, 5), annealed", right(annealed), 0.8)]
+
+def noise():
+    """Denoising other noise learns the score of the density which that noise makes; uniform noise has none to learn."""
+    data, b, panels, rows = Mixture((0.3, 0.7), ((1.0,), (-1.0,))), 0.5, [], []
+    x, at = image(torch.linspace(-2.5, 2.5, 120)[:, None]), image(torch.linspace(-5, 5, 2001)[:, None])
+    for kind in (D.Normal(0, 1), D.Laplace(0, 1), D.StudentT(3), D.Uniform(-1, 1, validate_args=False)):
+        def loss(net):
+            u = torch.as_tensor(kind.sample((512, 1, 1, 1))).requires_grad_()
+            target, = torch.autograd.grad((kind.log_prob(u) + 0 * u).sum(), u)              # the score of the noise
+            return (score(net)(data(512) + b * u.detach(), b) - target / b).square().mean()
+        def exact(y):                                                      # q' / q of q(y) = int p(x) k((y - x) / b) dx
+            k = kind.log_prob((y.view(-1, 1) - at.view(1, -1)) / b).exp() * data.log_density(at).exp()
+            return (k @ data.score(at).view(-1, 1) / k.sum(1, keepdim=True)).view_as(y)
+        s, y, name = score(fit(Net(1), loss)), data(4000) + b * kind.sample((4000, 1, 1, 1)), type(kind).__name__
+        y = y[y.flatten().abs() < 2.5]
+        rows.append(agree(f"{name} noise", s(y, b), exact(y), float(name != "Uniform")))
+        panels.append({"title": f"{name} noise", "xlabel": "x", "ylabel": "score", "marks": [
+            ("line", "exact", torch.cat([x, exact(x)], 1).flatten(1)),
+            ("dots", "learned", torch.cat([x, s(x, b)], 1).flatten(1)[::4])]})
+    return panels, rows
+
+def autoencoder():
+    """A denoising auto-encoder r and a score network that never saw clean data give one field: (r(x) - x) / sigma^2."""
+    sigma = torch.tensor([0.5])
+    def loss(net):
+        x = MIX(512)
+        return (net(x + sigma * torch.randn_like(x), sigma.log().expand(512)) - x).square().mean()
+    r, s = fit(Net(), loss), fit(Net(), lambda net: ncsn.loss(net, MIX(512), sigma, objective="ssm-vr"))
+    f = {"exact": lambda x: MIX.score(x, 0.5), "score network": lambda x: score(s)(x, 0.5),
+         "auto-encoder": lambda x: (r(x, sigma.log().expand(len(x))) - x) / sigma ** 2}         # Tweedie
+    x = MIX(4000) + sigma * torch.randn(4000, 2, 1, 1)
+    return [field(name, f[name], 2.5) for name in f], [agree(f"{a} on {b}", f[a](x), f[b](x)) for a, b in (
+        ("auto-encoder", "score network"), ("auto-encoder", "exact"), ("score network", "exact"))]
+
+def ode():
+    """The probability-flow ODE, exact score: orders of Euler and Heun, exact likelihood, paths of three schedules."""
+    x, rows, curves = 5 * torch.randn(500, 2, 1, 1).double(), [], {"Euler": [], "Heun": []}
+    levels = lambda n: common.karras_sigmas(n + 1, 0.01, 5.0)[:-1].tolist()
+    best, panels = heun(MIX.score, x, levels(2000)), []
+    for order, (name, points) in enumerate(curves.items(), 1):
+        for n in (16, 32, 64, 128, 256):
+            points.append((n, (heun(MIX.score, x, levels(n), order) - best).norm(dim=1).median().item()))
+        rows.append((f"order of {name}", math.log2(points[-2][1] / points[-1][1]), math.nan, order))
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda x, s: MIX.score(x[None], s).flatten()), in_dims=(0, None))
+    def both(y, s):                                                        # the score, and its trace: log p gains it
+        trace = jacobian(y[:, :2], s).view(-1, 2, 2).diagonal(dim1=1, dim2=2).sum(1)
+        return torch.cat([MIX.score(y[:, :2], s), trace.view(-1, 1, 1, 1)], 1)
+    y = heun(both, F.pad(x := MIX(1000).double(), (0, 0, 0, 0, 0, 1)), [0.0] + levels(200)[::-1])
+    log_p = MIX.log_density(y[:, :2], 5.0) + y[:, 2].flatten()
+    rows.append(row("log p by the ODE less the exact, nats", log_p - MIX.log_density(x), 0))
+    t, x = torch.linspace(1, 0, 201).double(), x[:16] + 5 * torch.randn(16, 2, 1, 1)
+    for name, s in (("VE, sigma = 5 sqrt(t)", 5 * t.sqrt()), ("EDM, sigma = 5 t", 5 * t),
+                    ("VP, beta from 0.1 to 6.4", ((0.1 * t + 3.16 * t ** 2).exp() - 1).sqrt())):
+        path = [x]
+        for a, b in zip(s.tolist(), s.tolist()[1:]):
+            path.append(heun(MIX.score, path[-1], [a, b]))
+        path = torch.stack(path)[..., 0, 0] / ((1 + s ** 2).sqrt() if "VP" in name else s * 0 + 1)[:, None, None]
+        chord = torch.lerp(path[-1:], path[:1], t[:, None, None])          # a straight path
+        rows.append(row(f"bend, {name}", (path - chord).norm(dim=2).mean(0) / (path[0] - path[-1]).norm(dim=1).mean()))
+        panels.append({"title": name, "xlabel": "t", "ylabel": "x_1", "marks": [
+            ("line", "", torch.stack([t, p], 1)) for p in path[:, :, 0].T]})
+    return [{"marks": [("curve", *c) for c in curves.items()], "xlabel": "steps", "ylabel": "error", "logx": True,
+             "logy": True}, *panels], rows
+
+def conditional():
+    """x_2 given x_1 = 0.1: to put a noisy x_1 into every step is far off; to go back and forth in each, nearer."""
+    abar, draws, w = ddpm.schedule("cosine", 100), {}, Mixture(MIX.w, MIX.m[:, :1, 0, 0]).parts(image([[0.1]]))[0]
+    exact, eps = Mixture(w.softmax(1)[0], MIX.m[:, 1:, 0, 0]), ddpm.as_eps(MIX.net, abar)
+    for times in (1, 3, 10, 20):
+        x = torch.randn(4000, 2, 1, 1)
+        for t, again in itertools.product(range(100, 0, -1), range(times)[::-1]):
+            x[:, 0] = abar[t].sqrt() * 0.1 + (1 - abar[t]).sqrt() * torch.randn(4000, 1, 1)
+            x, alpha = ddpm.ancestral(eps, x, abar, [t - 1, t]), abar[t] / abar[t - 1]
+            x = alpha.sqrt() * x + (1 - alpha).sqrt() * torch.randn_like(x) if again else x
+        draws[times] = x[:, 1].flatten()
+    upper = (exact.w * torch.special.ndtr(exact.m.flatten() / exact.v ** 0.5)).sum()
+    last, rows = sweep("times", "P(x_2 > 0)", draws, {"exact": (lambda k: (draws[k] > 0).double(), lambda k: upper)})
+    pdf = lambda x: exact.log_density(image(x[:, None])).exp()
+    return [density(f"x_2, each step {k} time{'s'[:k - 1]}", draws[k], pdf, -2.5, 2.5) for k in (1, 20)] + [last], rows
+
+def digits():
+    """A sheet of the digits that this project draws itself."""
+    return grid(load_images("digits", "data", "train")[0][:200] / 255, cols=20), []
 
 def main():
-    images, _ = load_images("digits", "data", "train")
-    save_picture(grid(images[:200] / 255, cols=20), "runs/toy/digits.png")
-    print("saved  runs/toy/digits.png")
+    experiments = {"tour": tour, "langevin": ncsn.langevin, "annealed": ncsn.annealed, "scores": ncsn.scores,
+                   "matching": ncsn.matching, "steps": ncsn.steps, "too-many-steps": ncsn.too_many_steps,
+                   "objective": ncsn.objective, "mala": ncsn.metropolis, "ddpm": ddpm.diffusion, "noise": noise,
+                   "autoencoder": autoencoder, "ode": ode, "conditional": conditional, "digits": digits}
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    p.add_argument("experiment", nargs="?", default="tour", help=f"all, {', '.join(experiments)}")
+    p.add_argument("--out", default="runs/toy", help="folder of the pictures")
+    p.add_argument("--seed", type=int, default=0, help="of all that is random")
+    args = p.parse_args()
+    names = list(experiments) if args.experiment == "all" else [args.experiment]
+    common.require(names[0] in experiments, f"there is no experiment {names[0]}: give all, {', '.join(experiments)}")
+    for name in names:
+        torch.manual_seed(args.seed)
+        start, path = time.perf_counter(), Path(args.out) / f"{name}.png"
+        panels, rows = experiments[name]()
+        print(f"{name}: {experiments[name].__doc__}")
+        for label, measured, *known in rows:
+            known = [f"{name} {v:<8.4g}" for name, v in zip(("+-", "exact"), known) if math.isfinite(v)]
+            print(f"    {label:86s} {measured:10.5g} ", *known)
+        figure(path, panels) if isinstance(panels, list) else save_picture(panels, path)
+        print(f"saved  {path}, {time.perf_counter() - start:.1f} s\n", flush=True)
 
 if __name__ == "__main__":
-    common.cli(main)
+    import toy                                # the module that the scripts know, not this second copy of it
+    common.cli(toy.main)
