@@ -396,11 +396,6 @@ def nearest(a, b):
     a, b = a.flatten(1) / 255, b.flatten(1) / 255
     return torch.cat([torch.cdist(rows, b).amin(1) for rows in a.split(500)]).mean().item()
 
-def energy(x, y):
-    """2 E|x - y| - E|x - x'| - E|y - y'| of points, without bias: 0 on average if their distributions are equal."""
-    total = lambda a, b: torch.cdist(a.flatten(1), b.flatten(1)).sum().item() / len(a)
-    return 2 * total(x, y) / len(y) - total(x, x) / (len(x) - 1) - total(y, y) / (len(y) - 1)
-
 def classifier(name, data_dir="data", device="cpu", epochs=5, batch=128):
     """The yardstick's eye on a labelled set: net(x) are logits, net[:-1](x) 128 features, for x (B, C, H, W) in [0, 1].
     Trained once (two minutes on 2 cores) and kept in DATA_DIR/NAME/classifier.pt with a record of what made it."""
@@ -499,3 +494,7 @@ def draw_digits(folder, stems):
     print(f"data   drew {len(a)} digits into {folder}", flush=True)
 
 import toy                                    # last: its laboratory imports the scripts, which import this file
+
+if __name__ == "__main__":
+    import ncsn                               # python common.py --benchmark: images/s of the default network
+    ncsn.common.cli(ncsn.main)

@@ -201,6 +201,11 @@ def mala(log_density, score, x, a, T):
         x, accepted = torch.where(take.view(-1, 1, 1, 1), y, x), accepted + take / T
     return x, accepted
 
+def energy(x, y):
+    """2 E|x - y| - E|x - x'| - E|y - y'| of points, without bias: 0 on average if their distributions are equal."""
+    total = lambda a, b: torch.cdist(a.flatten(1), b.flatten(1)).sum().item() / len(a)
+    return 2 * total(x, y) / len(y) - total(x, x) / (len(x) - 1) - total(y, y) / (len(y) - 1)
+
 def langevin():
     """Langevin dynamics draws the density, but steps of size r inflate variances by 1 / (1 - r/2), above 2 forever."""
     normal, marginal = toy.Mixture([1.0], [[2.0]], 0.99), toy.Mixture(m=((1.0,), (-1.0,)))     # 0.99 + 0.1^2 = 1

@@ -175,8 +175,8 @@ DOPRI = [[1/5], [3/40, 9/40], [44/45, -56/15, 32/9], [19372/6561, -25360/2187, 6
 ERROR = [71/57600, 0, -71/16695, 71/1920, -17253/339200, 22/525, -1/40]    # 5th order less 4th
 
 def rk45(fun, x, t0, t1, tol):
-    """x(t1) of dx/dt = fun(x, t, i) from x(t0) (B, ...), Dormand & Prince 1980. Each sample has its own t and step, with
-    a root mean square error over tol (1 + |x|) below 1. t (n, 1, ...); i: those n of B that are not there yet."""
+    """x(t1) of dx/dt = fun(x, t, i) from x(t0) (B, ...), Dormand & Prince 1980. Each sample has its own t and step, a
+    root mean square error over tol (1 + |x|) below 1. t (n, 1, ...); i: those n of B that are not there yet."""
     x, t = x.clone(), torch.full((len(x), *[1] * (x.dim() - 1)), t0, dtype=x.dtype, device=x.device)
     h, k0 = torch.full_like(t, (t1 - t0) / 100), fun(x, t, ALL)
     while len(i := (t.flatten() != t1).nonzero().flatten()):

@@ -1821,8 +1821,8 @@ class Laboratory(Case):
         for shift in (0.5, 2.0):                                           # of N(0, 1) and N(shift, 1): x - y is normal
             between = 2 / math.sqrt(math.pi) * math.exp(-shift ** 2 / 4) + shift * math.erf(shift / 2)
             x, y = torch.randn(8000, 1), shift + torch.randn(8000, 1)
-            self.near(common.energy(x, y), 2 * between - 4 / math.sqrt(math.pi), 0.05)
-        few = [common.energy(torch.randn(5, 2, 1, 1), torch.randn(7, 2, 1, 1)) for _ in range(2000)]
+            self.near(ncsn.energy(x, y), 2 * between - 4 / math.sqrt(math.pi), 0.05)
+        few = [ncsn.energy(torch.randn(5, 2, 1, 1), torch.randn(7, 2, 1, 1)) for _ in range(2000)]
         self.near(np.mean(few), 0, 5 * np.std(few) / math.sqrt(2000))      # without bias: with it, 0.6
         rows = toy.compare({"same": toy.MIX(4000), "moved": toy.MIX(4000) + 0.5}, toy.MIX)
         (_, same, spread, floor), (_, moved, _, _) = rows

@@ -326,8 +326,8 @@ def heun(score, x, sigma, order=2):
 def compare(samples, data, n=2000):
     """Rows with the energy distances of {label: points} to n data, a mean over sets of n; beside it the mean of ten
     pairs of sets of data, whose deviation stands in place of the standard error."""
-    real = torch.tensor([common.energy(data(n), data(n)) for _ in range(10)])
-    mean = lambda x: sum(common.energy(part, data(n)) for part in x.split(n)) * n / len(x)
+    real = torch.tensor([ncsn.energy(data(n), data(n)) for _ in range(10)])
+    mean = lambda x: sum(ncsn.energy(part, data(n)) for part in x.split(n)) * n / len(x)
     return [(f"energy distance, {k}", mean(x), real.std().item(), real.mean().item()) for k, x in samples.items()]
 
 def row(label, values, exact=math.nan):
