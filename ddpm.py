@@ -359,10 +359,10 @@ def diffusion():
     """The same data by annealed Langevin dynamics, by DDPM and by the ODE: as near to data as other data are."""
     panels, rows, n, abar = [], [], 8000, schedule("cosine", 200)
     for data, box in ((toy.cut, 4), (toy.heart, 1.5)):
-        net, eps, x = toy.trained(data), as_eps(toy.trained(data, T=200), abar), torch.randn(n, 2, 1, 1)
-        levels = common.geometric_sigmas(5, 0.01, 100).tolist(), common.karras_sigmas(30, 0.01, 5.0).tolist()
-        samples = {"NCSN": toy.anneal(net, 5 * x, levels[0], 0.1, 4), "DDPM": sample(eps, x, abar),
-                   "ODE": toy.heun(toy.score(net), 5 * x, levels[1])}
+        net, x = toy.trained(data, T=200), torch.randn(n, 2, 1, 1)
+        samples = {"NCSN": toy.anneal(toy.trained(data), 5 * x, common.geometric_sigmas(5, 0.01, 100).tolist(), 0.1, 4),
+                   "DDPM": sample(as_eps(net, abar), x, abar),             # and the ODE with the network of DDPM:
+                   "ODE": toy.heun(toy.score(net), 40 * x, common.karras_sigmas(30, 0.02, 40.0).tolist())}
         rows += toy.compare({f"{data.__name__}, {name}": x for name, x in samples.items()}, data)
         panels += [toy.cloud(f"{data.__name__}, {name}", x, box) for name, x in samples.items()]
     return panels, rows

@@ -1932,6 +1932,7 @@ class Laboratory(Case):
         heat[0, 1] = 1                                                     # row 0 is the top
         x, y = at([("heat", "", heat)], toy.SHADES[-1], box=box)
         self.assertTrue(x.min() > 0.5 and y.min() > 0.5)
+        self.near(toy.plane(3, 2).flatten(1), [[-1, 1], [1, 1], [-1, -1], [1, -1]], 1e-6)       # from the top, too
         x, y = at([("dots", "", [(0.0, 0.0, 1.5)])], blue, box=box)
         self.near([y.min(), y.max()], [0.125, 0.875], 0.01)                # the error bar
         panel, rows = toy.sweep("x", "y", (1.0, 2.0), {"f": (lambda v: [v, v + 2], lambda v: v + 1)})
