@@ -1851,7 +1851,7 @@ class Laboratory(Case):
     def test_each_level_drifts_to_its_inflated_variance(self):
         rows = ncsn.too_many_steps()[1]
         self.agrees([row for row in rows if float(row[0].split()[-1]) >= 10 and "2.5" not in row[0]], 12)
-        self.assertGreater(rows[-1][1], 1e9)                               # r = 2.5 diverges
+        self.assertFalse(rows[-1][1] < 1e9)                                # r = 2.5 diverges, beyond all float32
 
     def test_annealing_finds_the_weights(self):
         _, ((_, plain, _, _), annealed, *steps) = ncsn.annealed()
