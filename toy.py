@@ -187,7 +187,7 @@ def panel(marks, xlabel="", ylabel="", title="", logx=False, logy=False, box=Non
     left = 44 + round(max((small.getlength(f"{v:g}") for v in ys), default=0))
     right, top, bottom, k, color = W - 40, 80, H - (120 if xlabel else 70), 0, COLORS[0]
     high = [fx(q[0]) for q in points if fy(q[1]) > 0.6]                  # the legend goes where there are fewer
-    legend, side, anchor = (left, 1, "lm") if sum(x > 0.5 for x in high) > len(high) / 2 else (right, -1, "rm")
+    legend, side, align = (left, 1, "lm") if sum(x > 0.5 for x in high) > len(high) / 2 else (right, -1, "rm")
     px, py = lambda v: left + fx(v) * (right - left), lambda v: bottom - fy(v) * (bottom - top)
     for at, text, anchor in [((px(v), bottom + 12), f"{v:g}", "mt") for v in xs] + \
             [((left - 14, py(v)), f"{v:g}", "rm") for v in ys]:
@@ -212,7 +212,7 @@ def panel(marks, xlabel="", ylabel="", title="", logx=False, logy=False, box=Non
             draw.line([px(x), py(y if logy and y <= e[0] else y - e[0]), px(x), py(y + e[0])], color, 3) if e else None
         if label:
             y, k = top + 34 + 40 * k, k + 1
-            draw.text((legend + side * 84, y), label, "#111827", small, anchor, stroke_width=6, stroke_fill="white")
+            draw.text((legend + side * 84, y), label, "#111827", small, align, stroke_width=6, stroke_fill="white")
             x, (half, thick) = legend + side * 45, (7, 7) if kind == "dots" else (25, 3)
             draw.rounded_rectangle([x - half, y - thick, x + half, y + thick], thick, color)
     draw.rectangle([left, top, right, bottom], outline="#374151", width=2)
