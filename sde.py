@@ -391,8 +391,8 @@ def main():
     add("--weighting", choices=["paper", "likelihood"], default="paper", help="lambda of eq. (7): s^2; g^2")
     add("--precond", choices=["eps", "edm"], help="what the network returns: z, or EDM's mixture (None: edm for EDM)")
     add("--transform", choices=["none", "logit"], default="none", help="of the data; logit: lower bits/dim")
-    add("--sampler", choices=[*SAMPLERS], default="pc", help="em: Euler-Maruyama; langevin: no predictor")
-    add("--sample-steps", type=int, default=500, help="steps N of all samplers but ode and adaptive (paper: 1000)")
+    add("--sampler", choices=[*SAMPLERS], default="heun", help="em: Euler-Maruyama; langevin: no predictor")
+    add("--sample-steps", type=int, help="steps N, not of ode, adaptive (None: heun 18, else 500; papers: 18, 1000)")
     add("--rho", type=float, help="draw on EDM's grid of sigma (None: 7 for heun and EDM, else uniform t; papers)")
     add("--snr", type=float, default=0.16, help="signal-to-noise ratio r of the corrector's steps (paper: 0.16)")
     add("--corrector-steps", type=int, default=1, help="Langevin steps M at each time (paper: 1)")
@@ -446,7 +446,7 @@ def main():
         if args.train_classifier:                                          # what it sees, the noise growing
             sigma = torch.logspace(*map(math.log10, sigma_range(sde)), n).view(-1, 1, 1, 1)
             return (images[:n] / 127.5 - 1 + sigma * torch.randn(n, *args.shape)) / (1 + sigma ** 2).sqrt()
-        N, c = args.sample_steps, label(n).to(args.device) if K else None
+        N, c = args.sample_steps or (18 if sampler == "heun" else 500), label(n).to(args.device) if K else None
         score = make_score(eps_of(net), sde, c, w, judge, frames)
         x = args.temperature * sde.prior * torch.randn(n, *args.shape, device=args.device)
         if train and run.n < args.steps:                                   # the grids drawn in training: quickly
