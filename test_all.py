@@ -823,7 +823,7 @@ class SDEs(Case):
         sde.pc(score, e, 34 * torch.randn(10, 1, 1, 1), sde.times(e, 3), M=2)
         self.near(seen, sde.times(e, 3)[[0, 1, 1, 1, 2, 2, 2, 3, 3, 3]], 1e-9)
 
-    def moments(self, name, e, N, rho=None):
+    def moments(self, name, e, N, rho=None, churn=0.0):
         """Mean and variance of x(eps), exactly, by a sampler that is linear in x, before the last Tweedie step."""
         K = N + 3                                                          # constant, x(T), noises
         x, unit = torch.zeros(K, 1, 1, 1, dtype=torch.float64), torch.zeros(K, 1, 1, 1, dtype=torch.float64)
@@ -834,7 +834,7 @@ class SDEs(Case):
         score = sde.make_score(eps, e)
         with mock.patch.object(sde.torch, "randn_like", one_hot_noise(itertools.count(2))), \
                 mock.patch.object(sde, "tweedie", lambda score, sde, x, t: x):
-            x = sde.heun(score, e, x, N) if name == "heun" else getattr(sde, name)(score, e, x, sde.times(e, N, rho))
+            x = sde.heun(score, e, x, N, churn=churn) if name == "heun" else getattr(sde, name)(score, e, x, sde.times(e, N, rho))
         return x[0].item(), x[1:].square().sum().item()
 
     def test_errors_fall_with_the_order_of_the_sampler(self):
@@ -856,6 +856,12 @@ class SDEs(Case):
             p, q = (abs(math.sqrt(var) - std) for _, var in found)
             self.near(math.log2(p / q), 2, 0.25)                           # of second order
             self.near(found[-1][0], mean, 1e-3)
+
+    def test_churn_keeps_mean_and_variance(self):
+        for e in self.sdes.values():                                       # EDM, Algorithm 2, forgets x(T): no shrink
+            for churn in (20.0, 60.0):
+                mean, var = self.moments("heun", e, 300, churn=churn)
+                self.near([mean / M, math.sqrt(var) / S], 1, 0.02)
 
     def drawn(self, name, e, score, x, N=1000, rho=None):
         """What the sampler of this name draws from x."""
