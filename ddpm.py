@@ -135,7 +135,7 @@ def reverse_variance(kind, a_t, a_s, v=None, gamma=None, floor=0.0):
     """sigma_t^2 of the step from t to s with abar_t and abar_s. beta; beta~, here at least floor: Ho, section 3.2.
     learned: exp(f log beta + (1 - f) log beta~), f = v in improved DDPM, eq. (15), here (v + 1) / 2 as in its code.
     analytic: the optimum beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), Cov = (1 - abar_t) / abar_t
-    (1 - gamma) in (0, 1] for second_moment's gamma: Analytic-DPM, Theorems 1 (rearranged) and 2 (the bounds)."""
+    (1 - gamma) in (0, 1] for second_moment's gamma: Analytic-DPM, eqs. (9) (rearranged), (11), (12)."""
     beta = 1 - a_t / a_s
     beta_tilde = (1 - a_s) / (1 - a_t) * beta
     if kind == "beta":

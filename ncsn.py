@@ -104,7 +104,7 @@ def largest_distance(images, device="cpu", block=2000):
 
 def overlap(gamma, d):
     """Phi(sqrt(2 d) (gamma - 1) + 3 gamma) - Phi(sqrt(2 d) (gamma - 1) - 3 gamma): the share of the noise of one level
-    that lies where the noise of the level gamma times as large does, in d dimensions (2006.09011, Proposition 2)."""
+    that lies where the noise of the level gamma times as large does, in d dimensions (2006.09011, Technique 2)."""
     Phi, a = (lambda x: math.erfc(-x / math.sqrt(2)) / 2), math.sqrt(2 * d) * (gamma - 1)
     return Phi(a + 3 * gamma) - Phi(a - 3 * gamma)
 
