@@ -384,7 +384,7 @@ def frechet(a, b):
 
 def inside(a, b, k=3):
     """Share of the rows of b that lie no farther from some row of a than its k-th neighbour in a does: precision for
-    a real and b drawn, recall the other way round (Kynkaanniemi 2019, eqs. 1, 2)."""
+    a real and b drawn, recall the other way round (Kynkaanniemi et al. 2019)."""
     hit = torch.zeros(len(b), dtype=torch.bool)
     for rows in a.split(1000):
         radius = torch.cdist(rows, a).kthvalue(k + 1).values             # one of them is the row itself

@@ -10,9 +10,9 @@ Forward  q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), abar_t = prod_s (1 
 Loss     L_simple = E || eps - eps_theta(x_t, t) ||^2                                          Algorithm 1, eq. (14)
 Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t) + sigma_t z     Algorithm 2, eq. (11)
 Bound    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0, in bits/dim                      eqs. (5), (8), (13)
-Differs  mean over pixels instead of sum; the cosine schedule by default; a smaller U-Net; clipped gradients, a
-         learning rate that decays; x_0 is clipped while sampling and in the bound, as in the authors' code and unlike
-         Algorithm 2 (--no-clip), but, unlike there, not in the decoder L_0; see README, "What differs"
+Differs  mean over pixels instead of sum; the cosine schedule by default; a smaller U-Net; a learning rate that
+         decays; clipped gradients, as in the authors' code; x_0 is clipped while sampling and in the bound, as there
+         and unlike Algorithm 2 (--no-clip), but, unlike there, not in the decoder L_0; see README, "What differs"
 
     python ddpm.py --dataset mnist              # trains, then see runs/ddpm-mnist/samples.png and process.gif
     python ddpm.py --dataset mnist --resume     # goes on; with --sample-only just draws
@@ -133,9 +133,9 @@ def posterior(x0, x_t, a_t, a_s):
 
 def reverse_variance(kind, a_t, a_s, v=None, gamma=None, floor=0.0):
     """sigma_t^2 of the step from t to s with abar_t and abar_s. beta; beta~, here at least floor: Ho, section 3.2.
-    learned: exp(f log beta + (1 - f) log beta~), f = (v + 1) / 2, improved DDPM, eq. (15). analytic: the optimum
-    beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), with Cov = (1 - abar_t) / abar_t (1 - gamma) in
-    (0, 1] for second_moment's gamma: Analytic-DPM, Theorem 1 (rearranged) with the bounds of Theorem 2."""
+    learned: exp(f log beta + (1 - f) log beta~), f = v in improved DDPM, eq. (15), here (v + 1) / 2 as in its code.
+    analytic: the optimum beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), Cov = (1 - abar_t) / abar_t
+    (1 - gamma) in (0, 1] for second_moment's gamma: Analytic-DPM, eqs. (9) (rearranged), (11), (12)."""
     beta = 1 - a_t / a_s
     beta_tilde = (1 - a_s) / (1 - a_t) * beta
     if kind == "beta":

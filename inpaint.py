@@ -153,21 +153,21 @@ def replace(D, b, op, x, sigma, snr=0.16, T=1):
 @torch.no_grad()
 def repaint(D, b, op, x, sigma, U=7, jump=1):
     """RePaint, Algorithm 1; sigma (N + 1,) falls to 0. jump levels down and up again, U times: with jump 1 as printed,
-    the longer ones as in its section 4.2."""
+    the longer ones as in its section 4.2. Printed for x_{t-1} is the noise of t; q(x_{t-1} | x_0) must be meant."""
     for i in range(0, len(sigma) - 1, jump):
         block = sigma[i:i + jump + 1]
         again = U if block[-1] > op.noise else 1                           # line 9: not in the last step
         for u in range(again):
             for t, s in zip(block, block[1:]):
-                x = impute(step(x, D(x, t), t, s), op, b, s)               # lines 4 to 8, eqs. (8a), (8b), (8c)
-            if u < again - 1:                                              # line 9, q(x_t | x_{t-1})
+                x = impute(step(x, D(x, t), t, s), op, b, s)               # lines 4 to 8, eq. (8)
+            if u < again - 1:                                              # line 10, q(x_t | x_{t-1})
                 x = x + math.sqrt(block[0] ** 2 - block[-1] ** 2) * torch.randn_like(x)
     return x
 
 @torch.no_grad()
 def ilvr(D, b, op, x, sigma):
-    """ILVR, Algorithm 1: x <- x' + phi(y_s) - phi(x'), y_s the reference with noise. phi, a low-pass filter, is A if
-    that gives images (blur, mask), else A^+ A; and if it is a projection this is replace without corrector."""
+    """ILVR, Algorithm 1, eq. (8): x <- x' + phi(y_s) - phi(x'), y_s the reference with noise. phi, a low-pass filter,
+    is A if that gives images (blur, mask), else A^+ A; and if it is a projection this is replace without corrector."""
     phi = (lambda v: v) if b.shape == x.shape else op.pinv
     for t, s in zip(sigma, sigma[1:]):
         x = step(x, D(x, t), t, s)                                         # x' ~ p(x_{t-1} | x_t)
@@ -369,7 +369,7 @@ def main():
     add("--sigma-max", type=float, help="noise to start from (None: ald 10, others 20, or the run's largest)")
     add("--T", type=int, help="Langevin steps a level (None: ald 10, replace 1; papers: 100, 1)")
     add("--eps", type=float, help="of ald: step size at the last level (None: 0.4 sigma_L^2; paper: 0.2 sigma_L^2)")
-    add("--snr", type=float, default=0.16, help="of replace: step of the corrector (paper: 0.16 on CIFAR-10)")
+    add("--snr", type=float, default=0.16, help="of replace: step of the corrector (paper: 0.16 for VE)")
     add("--U", type=int, default=7, help="of repaint: times that a level is passed (paper: 10)")
     add("--jump", type=int, default=1, help="of repaint: levels down and up again (paper: 10, of 250)")
     add("--zeta", type=float, default=1.0, help="of dps: step size zeta' (paper: 0.3 to 1, of 1000 levels)")

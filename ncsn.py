@@ -39,7 +39,7 @@ class Unconditional(UNet):
 
 def loss(net, x, sigma, label=None, power=2.0, p_null=0.1, objective="dsm"):
     """Score matching over the levels sigma (L,), on the device of x, eq. (6), mean over pixels, lambda(sigma) =
-    sigma^power. dsm: denoising, eq. (5). ssm, ssm-vr: sliced (1905.07088, section 3), in expectation
+    sigma^power. dsm: denoising, eq. (5). ssm, ssm-vr: sliced (1905.07088; eq. (3) is ssm-vr), in expectation
     dsm less sigma^(power - 2) / 2. A label (B,) is hidden (-1) with probability p_null, to learn both."""
     i = torch.randint(len(sigma), (len(x),), device=x.device)              # one level an image: the sum of eq. (6)
     if label is not None:
@@ -48,7 +48,7 @@ def loss(net, x, sigma, label=None, power=2.0, p_null=0.1, objective="dsm"):
     z = torch.randn_like(x)
     x_tilde = x + sigma_i.view(-1, 1, 1, 1) * z                            # x~ ~ q_sigma(x~ | x)
     if objective == "dsm":
-        target = -z / sigma_i.view(-1, 1, 1, 1)                            # -(x~ - x) / sigma^2, eq. (2)
+        target = -z / sigma_i.view(-1, 1, 1, 1)                            # grad log q_sigma(x~ | x), section 4.2
         l = 0.5 * (score(net, x_tilde, sigma_i, label) - target).square().flatten(1).mean(1)  # (B,), eq. (5)
     else:
         v = torch.randn_like(x).sign()                                     # Rademacher: E v v^T = I
@@ -104,7 +104,7 @@ def largest_distance(images, device="cpu", block=2000):
 
 def overlap(gamma, d):
     """Phi(sqrt(2 d) (gamma - 1) + 3 gamma) - Phi(sqrt(2 d) (gamma - 1) - 3 gamma): the share of the noise of one level
-    that lies where the noise of the level gamma times as large does, in d dimensions (2006.09011, Proposition 2)."""
+    that lies where the noise of the level gamma times as large does, in d dimensions (2006.09011, Technique 2)."""
     Phi, a = (lambda x: math.erfc(-x / math.sqrt(2)) / 2), math.sqrt(2 * d) * (gamma - 1)
     return Phi(a + 3 * gamma) - Phi(a - 3 * gamma)
 

@@ -10,8 +10,8 @@ Reverse  dx = [f - g^2 s_theta] dt + g dw                                       
 ODE      dx = [f - g^2 s_theta / 2] dt has the same p_t(x); its divergence gives log p(x)             eqs. (13), (39)
 Network  s_theta(x, t) = -eps_theta(y, sigma) / s in y = x / a = x(0) + sigma z, sigma = s / a: every linear SDE is one
          family of noise levels seen through a scale, so every sampler can draw from every network (--from)
-Differs  mean over pixels, not sum; a small U-Net that is told log sigma and sees y / sqrt(sigma^2 + 1); clipped
-         gradients, decaying learning rate; samplers end with E[x(0) | x(eps)], steps are exact transitions; see README
+Differs  mean over pixels, not sum; a small U-Net that is told log sigma and sees y / sqrt(sigma^2 + 1); a learning
+         rate that decays; images are dequantised in training too; steps are exact transitions; see README
 
     python sde.py --dataset mnist                        # --sde vp; trains, then see runs/sde-mnist/samples.png
     python sde.py --dataset mnist --sample-only --sampler heun --sample-steps 10   # 19 evaluations of the network
@@ -159,7 +159,7 @@ def correct(score, x, t, snr, alpha=1.0):
 
 def pc(score, sde, x, ts, snr=0.16, M=1, predict=True):
     """Predictor-corrector, Algorithms 2 (VE) and 3 (VP): a reverse diffusion step, then M Langevin steps where it
-    arrives, alpha_i = 1 - beta_i (VE: 1). predict=False: the corrector alone, annealed Langevin dynamics."""
+    arrives, alpha_i = 1 - beta_i as in the authors' code (VE: 1). predict=False: no predictor, annealed Langevin."""
     for t, t_ in zip(ts, ts[1:]):
         r, G2 = transition(sde, t, t_)
         if predict:
@@ -262,7 +262,7 @@ def log_likelihood(score, sde, x, tol=1e-5, probes=1):
 
 def to_data(x0, transform="none", alpha=1e-6):
     """(y, log |dy / du| summed over an image, (B,)) of images in [-1, 1], whose grey levels u = 0 ... 255 get uniform
-    noise, v = (u + U[0, 1)) / 256: y = 2 v - 1, or as in FFJORD y = logit(w) / 6, w = alpha + (1 - 2 alpha) v."""
+    noise, v = (u + U[0, 1)) / 256: y = 2 v - 1, or y = logit(w) / 6, FFJORD's over 6, w = alpha + (1 - 2 alpha) v."""
     v = ((x0 + 1) * 127.5 + torch.rand_like(x0)) / 256
     if transform == "none":
         return 2 * v - 1, torch.full_like(v[:, 0, 0, 0], v[0].numel() * math.log(2 / 256))
@@ -394,7 +394,7 @@ def main():
     add("--sampler", choices=[*SAMPLERS], default="heun", help="em: Euler-Maruyama; langevin: no predictor")
     add("--sample-steps", type=int, help="steps N, not of ode, adaptive (None: heun 18, else 500; papers: 18, 1000)")
     add("--rho", type=float, help="draw on EDM's grid of sigma (None: 7 for heun and EDM, else uniform t; papers)")
-    add("--snr", type=float, default=0.16, help="signal-to-noise ratio r of the corrector's steps (paper: 0.16)")
+    add("--snr", type=float, default=0.16, help="signal-to-noise ratio r of the corrector (paper: VE 0.16, VP 0.01)")
     add("--corrector-steps", type=int, default=1, help="Langevin steps M at each time (paper: 1)")
     add("--tol", type=float, help="of ode, likelihoods (None, paper: 1e-5), adaptive (None: 0.05; paper: 0.01-0.5)")
     add("--churn", type=float, default=0.0, help="S_churn of heun, 0: no noise (EDM: 0 to 80)")
