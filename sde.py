@@ -100,12 +100,12 @@ def eps_theta(net, y, sigma, label=None, precond="eps", sigma_data=1.0):
 
 def loss(net, x0, sde, label=None, p_null=0.1, weighting="paper", precond="eps", sigma_data=1.0):
     """Continuous denoising score matching, eq. (7), mean over pixels. paper: lambda = s^2, t uniform. likelihood:
-    lambda = g^2 (ScoreFlow), t ~ g^2 / s^2 by importance: as g^2 / s^2 = d log sigma^2 / dt, log sigma is uniform.
-    An EDM: log sigma ~ N(-1.2, 1.2^2), lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on D, its table 1."""
+    lambda = g^2 (ScoreFlow), t ~ g^2 / s^2 = d log sigma^2 / dt by importance: log sigma uniform. EDM: its table 1, on D
+    lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, log(sigma / 2 sigma_data) ~ N(-1.2, 1.2^2), 2 * 0.5 = 1."""
     u, z = torch.rand(len(x0), device=x0.device), torch.randn_like(x0)
     t = sde.eps + u * (sde.T - sde.eps)
     if isinstance(sde, EDM):
-        t = (1.2 * torch.randn_like(u) - 1.2).exp()
+        t = 2 * sigma_data * (1.2 * torch.randn_like(u) - 1.2).exp()
     elif weighting == "likelihood":
         low, high = sigma_range(sde)
         t = sde.time(low * (high / low) ** u)

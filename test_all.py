@@ -952,8 +952,8 @@ class SDEs(Case):
         for name, e in self.sdes.items():
             low, high = sde.sigma_range(e)
             for precond, sd in (("eps", 0.5), ("edm", 0.5), ("edm", 1.0)):
-                if name == "edm":                                          # log sigma ~ N(-1.2, 1.2^2), lambda of table 1
-                    sigma = (-1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * t[1:-1] - 1)).exp()
+                if name == "edm":                                          # sigma / 2 sd ~ exp N(-1.2, 1.2^2), lambda of table 1
+                    sigma = 2 * sd * (-1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * t[1:-1] - 1)).exp()
                     exact = (S ** 2 / (S ** 2 + sigma ** 2) * (sigma ** 2 + sd ** 2) / sd ** 2).mean()
                     self.near(sde.loss(net(precond, sd), x0, e, precond=precond, sigma_data=sd) / exact, 1, 0.04)
                     continue
