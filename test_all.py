@@ -3,8 +3,8 @@
 Where a network belongs stands the exact answer: for data N(M, S^2) the score of q_sigma is -(x - M) / (S^2 + sigma^2).
 M and S are never 0 and 1 (plain noise would pass), and S = 0, a point mass, shows what mean and variance hide.
 """
-import contextlib, csv, gzip, hashlib, http.server, io, itertools, math, os, signal, struct, subprocess, sys, tarfile, tempfile
-import re, threading, time, unittest
+import argparse, ast, contextlib, csv, gzip, hashlib, http.server, io, itertools, math, os, re, shutil, signal, struct
+import subprocess, sys, tarfile, tempfile, threading, time, unittest
 from pathlib import Path
 from unittest import mock
 import numpy as np
@@ -2632,6 +2632,242 @@ class Processes(Case):
             self.near(row_2[2] / row_1[2], 1, 0.5)
         code, _, err = self.command(ncsn, *flags, "--out", self.dir / "two", "--resume", "--steps", 121)
         self.assertEqual((code, err), (0, ""))
+
+class Reached(BaseException):
+    """A command's flags were accepted and its work would begin."""
+
+class ReadmeWalk(Case):
+    """README.md as a reader walks it. Its commands are run by bash, where python only notes its arguments: bash fills in
+    the loops. `quick` in a command's comment: it is run, and writes the file that the comment names. Copied code
+    assigns drawn images to x, a loss to l."""
+    text = (HERE / "README.md").read_text()
+    scripts = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde, "inpaint": inpaint, "toy": toy, "common": ncsn}
+    prelude = ("set -eu; note() { printf '%s\\t' \"${BASH_LINENO[1]}\" \"$@\"; echo; }; pass() { :; }; "
+               "for c in python torchrun pip pytest; do eval \"$c() { note $c \\\"\\$@\\\"; }\"; done; "
+               "for c in git cd source .; do eval \"$c() { pass; }\"; done")
+
+    def blocks(self, text, kind):
+        """[(line number, code)] of the fenced blocks of this kind."""
+        found = re.finditer(rf"^```{kind}\n(.*?)^```$", text, re.M | re.S)
+        return [(text.count("\n", 0, m.start(1)) + 1, m[1]) for m in found]
+
+    def inline(self, text):
+        """[(line number, code)] of the inline code."""
+        prose = re.sub(r"^```.*?^```$", lambda m: "\n" * m[0].count("\n"), text, flags=re.M | re.S)
+        return [(prose.count("\n", 0, m.start()) + 1, m[1]) for m in re.finditer(r"`([^`]+)`", prose)]
+
+    def commands(self, text, inline=True):
+        """[(line number, argv)] of the commands in sh blocks and, but for those with a WORD to be filled in, in inline
+        code. Each block is a subshell that begins where it does in the text, so bash's complaints name its lines."""
+        script = [""] * (text.count("\n") + 2)
+        for n, code in self.blocks(text, "sh"):
+            script[n - 1:n - 1 + code.count("\n")] = code.splitlines()
+            script[n - 2], script[n - 1 + code.count("\n")] = "(", ")"
+        for n, code in self.inline(text) if inline else ():
+            if re.match(r"(python|torchrun) ", code) and not re.search(r"\b[A-Z]{2,}\b", code):
+                script[n - 1] += f"( {code} );"
+        script[0] = self.prelude + ";" + script[0]
+        (self.dir / "README.sh").write_text("\n".join(script))
+        done = subprocess.run(["bash", "README.sh"], cwd=self.dir, env={"PATH": ""}, capture_output=True, text=True,
+                              executable=shutil.which("bash"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        rows = [line.split("\t")[:-1] for line in done.stdout.splitlines()]
+        return [(int(row[0]), row[1:]) for row in rows]
+
+    def accepts(self, argv):
+        """(complaint or "", argparse's result) of `python ARGV`, which goes on until its work would begin."""
+        seen, real, processes = [], argparse.ArgumentParser.parse_args, None
+        if argv[0] == "torchrun":
+            from torch.distributed.run import get_args_parser
+            run = get_args_parser().parse_args(argv[1:])
+            argv, processes = [run.training_script, *run.training_script_args], run.nproc_per_node
+        elif argv[:3] == ["python", "-m", "venv"] or argv[0] == "pytest" and len(argv) == 1:
+            return "", None
+        elif argv[0] == "pip":
+            return "" if argv[1:] == ["install", "-r", "requirements.txt"] else "not what this project needs", None
+        else:
+            argv = argv[1:]
+        if not argv or not (HERE / argv[0]).is_file():
+            return f"there is no {' '.join(argv[:1])}", None
+        if argv[0] == "test_all.py":
+            unknown = [v for v in argv[1:] if not hasattr(sys.modules[__name__], v.split(".")[0])]
+            return f"no such tests: {unknown}" if unknown else "", None
+        def parse(parser, *args, **kwargs):
+            seen.append(real(parser, *args, **kwargs))
+            if run := getattr(seen[-1], "run", None):                      # inpaint.py looks whether it is there
+                Path(run).mkdir(parents=True)
+                (Path(run) / "ckpt.pt").touch()
+            return seen[-1]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
+            stack.enter_context(mock.patch.object(argparse.ArgumentParser, "parse_args", parse))
+            stack.enter_context(mock.patch("torch.distributed.init_process_group"))
+            if processes:
+                stack.enter_context(mock.patch.dict(os.environ, WORLD_SIZE=processes, LOCAL_RANK="0"))
+            for work in ("torch.manual_seed", "common.load_checkpoint", "toy.load_images",
+                         "concurrent.futures.ProcessPoolExecutor"):
+                stack.enter_context(mock.patch(work, side_effect=Reached))
+            try:
+                code, _, err = self.command(self.scripts[Path(argv[0]).stem], *argv[1:])
+            except Reached:
+                code, err = 0, ""
+        return f"{err.strip().splitlines()[-1:]}" if code else "", seen[-1] if seen else None
+
+    def test_commands_parse_and_draw_only_from_runs_that_a_command_trains(self):
+        wrong, made, used = [], set(), []
+        for n, argv in self.commands(self.text):
+            complaint, args = self.accepts(argv)
+            if complaint:
+                wrong.append(f"README.md, line {n}: {' '.join(argv)}: {complaint}")
+            elif args and Path(argv[-1]).name != "test_all.py":
+                a = vars(args)
+                script = next(Path(v).stem for v in argv if v.endswith(".py"))
+                draws = a.get("sample_only") or a.get("resume")
+                out = a["out"] or f"runs/{script}-{Path(a.get('dataset', '')).name}"
+                if "steps" in a and not draws and not a["origin" if "origin" in a else "npz"]:
+                    made.add(out)
+                used += [(n, r) for r in (a.get("run"), a.get("origin"), a.get("classifier"), a.get("encode"),
+                                          out if draws else None) if r]
+        wrong += [f"README.md, line {n}: no command trains {run}" for n, run in used if run not in made]
+        self.assertEqual(wrong, [])
+        self.assertGreater(len(made), 3)
+
+    def test_commands_of_the_docstrings_parse(self):
+        for name in self.scripts:
+            doc = (HERE / f"{name}.py").read_text().split('"""')[1]
+            text = "".join(f"```sh\n{line}\n```\n" if line.startswith("    python ") else "\n"
+                           for line in doc.splitlines())
+            for _, argv in self.commands(re.sub(r" [A-Z]{2,}\b.*", "", text), inline=False):
+                self.assertEqual(self.accepts(argv)[0], "", f"{name}.py: {' '.join(argv)}")
+
+    def test_flags_in_the_text_exist(self):
+        actions, real, wrong = {}, argparse.ArgumentParser.parse_args, []
+        def collect(parser, *args, **kwargs):
+            for option, action in parser._option_string_actions.items():
+                actions.setdefault(option, []).append(action)
+            raise Reached
+        for module in {*self.scripts.values()}:
+            with mock.patch.object(argparse.ArgumentParser, "parse_args", collect), self.assertRaises(Reached):
+                self.command(module)
+        def takes(action, value):
+            with contextlib.suppress(ValueError):
+                v = action.type(value) if action.type else value
+                return action.nargs != 0 and (action.choices is None or v in action.choices)
+        for n, code in self.inline(self.text):
+            words = code.split()
+            if not words[0].startswith("--"):
+                continue
+            for flag, value in zip(words, [*words[1:], "--"]):
+                if flag.startswith("--") and not value.startswith("--") and not re.fullmatch("[A-Z]+|[a-z]", value):
+                    if not any(takes(action, value) for action in actions.get(flag, ())):
+                        wrong.append(f"README.md, line {n}: no script takes {flag} {value}")
+                elif flag.startswith("--") and flag not in actions:
+                    wrong.append(f"README.md, line {n}: no script has {flag}")
+        self.assertEqual(wrong, [])
+
+    def test_quick_commands_run_and_make_what_they_name(self):
+        quick, lines = [], self.text.splitlines()
+        for n, argv in self.commands(self.text, inline=False):
+            comment = lines[n - 1].partition(" #")[2]
+            if re.search(r"\bquick\b", comment):
+                quick.append((n, argv, re.findall(r"[\w./-]+\.(?:png|gif|csv|npz|pt)\b", comment)))
+        self.assertGreater(len(quick), 1)
+        for path in HERE.glob("*.py"):
+            shutil.copy(path, self.dir)
+        nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **nowhere, "no_proxy": ""}        # nothing can be downloaded
+        for n, argv, files in quick:
+            where = f"README.md, line {n}: {' '.join(argv)}"
+            self.assertEqual([f for f in files if (self.dir / f).exists()], [], where)
+            done = subprocess.run([sys.executable, *argv[1:]], cwd=self.dir, env=env, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), where)
+            for f in files:
+                self.assertTrue((self.dir / f).is_file(), f"{where} made no {f}")
+                if f.endswith(("png", "gif")):
+                    with Image.open(self.dir / f) as im:
+                        im.load()
+
+    def test_pictures_links_and_names_exist(self):
+        text = re.sub(r"^```.*?^```$", "", self.text, flags=re.M | re.S)
+        links = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
+        headings = [h.strip().lower() for h in re.findall(r"^#+ (.*)$", text, re.M)]
+        anchors = {re.sub(r"[^\w -]", "", h).replace(" ", "-") for h in headings}
+        local = [link for link in links if not re.match(r"\w+:", link)]
+        self.assertEqual([v for v in local if v[0] == "#" and v[1:] not in anchors], [])
+        files = {v.partition("#")[0] for v in local if v[0] != "#"}
+        self.assertEqual([f for f in sorted(files) if not (HERE / f).exists()], [])
+        pictures = {f for f in files if re.search(r"\.(png|gif|jpe?g|svg)$", f)}
+        for f in pictures:
+            with Image.open(HERE / f) as im:
+                im.load()
+                self.assertIn(im.format, ("PNG", "GIF"), f)
+        self.assertEqual({f"assets/{p.name}" for p in (HERE / "assets").iterdir()} - pictures, set(), "never shown")
+        tests = {name for kind in globals().values() if isinstance(kind, type) for name in dir(kind)}
+        named = set(re.findall(r"\btest_\w+", text)) - {"test_all"}
+        self.assertEqual(named - tests, set())
+
+    def test_lines_and_tests_are_counted_rightly(self):
+        found, at = {}, None
+        for line in self.text.splitlines():
+            cells = [c.strip() for c in line.strip("| ").split("|")] if line.startswith("|") else []
+            if at is None or not cells:
+                at = cells.index("lines") if "lines" in cells else None
+            elif (m := re.match(r"\[(\w+\.py)\]", cells[0])) and len(cells) > at and cells[at]:
+                found[m[1]] = int(cells[at].replace(",", ""))
+        self.assertEqual(found, {name: (HERE / name).read_text().count("\n") for name in found})
+        total = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]).countTestCases()
+        self.assertEqual({int(v.replace(",", "")) for v in re.findall(r"\b(\d[\d,]*) tests\b", self.text)} - {total}, set())
+
+    def copied(self, code, net):
+        """[[image drawn], ...] and [loss, ...] of copied code, in which every UNet(...) is this net(x, noise, label)."""
+        class Net(nn.Module):
+            def __init__(self, *args, **kwargs):
+                super().__init__()
+                self.fixed = common.UNet(*args, **kwargs)                  # the arguments must do
+
+            def forward(self, x, noise, label=None):
+                assert noise.shape == x.shape[:1]
+                return net(x, noise, label, names)
+        names, drawn = {}, {"x": [], "l": []}
+        tree = ast.parse(code)
+        for node in tree.body:
+            exec(compile(ast.Module([node], []), "README.md", "exec"), names)
+            if isinstance(node, ast.ImportFrom) and "UNet" in names:
+                names["UNet"] = Net
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in drawn:
+                drawn[node.targets[0].id].append(names[node.targets[0].id])
+        return drawn["x"], drawn["l"]
+
+    def test_copied_code_learns_and_draws(self):
+        """With the exact network of independent pixels N(m, s^2): drawn images have their mean and deviation; and with
+        that of the images given, uniform noise, the loss is less than half of that of a silent network."""
+        def exact(m, s):
+            def net(x, noise, label, names):                               # z expected from x, whatever the script
+                if "ncsn" in code:                                         # images in [0, 1]
+                    return gaussian((m + 1) / 2, s / 2)(x, noise)
+                sigma = noise.exp() if "sde" in code else ((1 - names["abar"]) / names["abar"]).sqrt()[noise.long()]
+                sigma = sigma.float().view(-1, 1, 1, 1)
+                y = x * (1 + sigma ** 2).sqrt()
+                return sigma * (y - m) / (s ** 2 + sigma ** 2)
+            return net
+        m, s = 0.1, 0.4
+        for n, code in self.blocks(self.text, "python"):
+            torch.manual_seed(0)
+            drawn, _ = self.copied(code, exact(m, s))
+            losses = []
+            for net in (exact(0.0, 3 ** -0.5), lambda x, *_: 0 * x):
+                torch.manual_seed(1)
+                losses.append(self.copied(code, net)[1])
+            where = f"README.md, the code from line {n}"
+            if "UNet" in code:
+                self.assertGreater(len(drawn) * len(losses[0]), 0, f"{where} assigns nothing to x, or to l")
+            for x in drawn:
+                self.assertEqual(x.shape[1:], (1, 28, 28), where)
+                x = 2 * x - 1 if "ncsn" in code else x
+                self.assertLess(abs(x.mean() - m), 0.02, where)
+                self.assertLess(abs(x.std() / s - 1), 0.3, where)     # ten steps of heun: 27 % too large
+            for l, silent in zip(*losses):
+                self.assertLess(l, 0.5 * silent, where)
 
 if __name__ == "__main__":
     result = unittest.main(exit=False).result
