@@ -863,6 +863,43 @@ class SDEs(Case):
                 mean, var = self.moments("heun", e, 300, churn=churn)
                 self.near([mean / M, math.sqrt(var) / S], 1, 0.02)
 
+    def test_churn_is_that_of_edm_algorithm_2(self):
+        sigma, e = common.karras_sigmas(4, 0.002, 80.0).tolist(), self.sdes["edm"]
+        for churn, gamma in ((1.0, 1 / 4), (40.0, math.sqrt(2) - 1)):      # min(S_churn / N, sqrt(2) - 1),
+            for low, high in ((0.0, math.inf), (0.1, 10.0)):               # from S_tmin to S_tmax
+                seen = []
+                score = lambda x, t, i=None: seen.append(float(t)) or -(x - M) / (S ** 2 + t ** 2)
+                sde.heun(score, e, torch.randn(5, 1, 1, 1), 4, 7.0, churn, low, high)
+                exact = [v for a, b in zip(sigma, sigma[1:]) for v in (a * (1 + gamma * (low <= a <= high)), b)][:-1]
+                self.near(torch.tensor(seen) / torch.tensor(exact), 1, 1e-5)
+
+    def test_adaptive_steps_are_those_of_its_algorithm_1(self):
+        e, tol, z = self.sdes["vp"], 0.02, -0.7                            # a path whose noise is z in every step
+        number = lambda f: lambda *v: f(*(torch.tensor(k, dtype=torch.float64) for k in v)).item()
+        f, g, score = number(e.f), number(e.g), sde.make_score(self.exact(), e)
+        s = number(lambda x, t: score(x.view(1, 1, 1, 1), t))
+        x = before = 4.0
+        t, h, exact, rejected = e.T, 0.01 * (e.T - e.eps), [], 0
+        while t > e.eps:
+            t_ = t - h if h < t - e.eps else e.eps
+            F = lambda x, t: -h * (f(x, t) - g(t) ** 2 * s(x, t)) + math.sqrt(h) * g(t) * z
+            low = x + F(x, t)
+            high = (x + low + F(low, t_)) / 2
+            error = abs(low - high) / max(2 / 256, tol * max(abs(low), abs(before)))
+            exact += [t, t_]
+            if error <= 1:
+                x, before, t = high, low, t_
+            rejected += error > 1
+            h = min(t - e.eps, 0.9 * h * error ** -0.9)
+        seen = []
+        spy = lambda x, t, i=sde.ALL: seen.append(t.item()) or score(x, t, i)
+        with mock.patch.object(sde.torch, "randn_like", lambda x: torch.full_like(x, z)):
+            found = sde.adaptive(spy, e, torch.full((1, 1, 1, 1), 4.0, dtype=torch.float64), tol)
+        self.assertGreater(rejected, 2)
+        self.assertEqual(len(seen), len(exact) + 1)                        # and E[x(0) | x(eps)]
+        self.near(torch.tensor(seen[:-1]) / torch.tensor(exact), 1, 1e-4)
+        self.near(found, x, 1e-2)
+
     def drawn(self, name, e, score, x, N=1000, rho=None):
         """What the sampler of this name draws from x."""
         grid = sde.times(e, N, 7.0 if isinstance(e, sde.EDM) else rho)
@@ -2637,11 +2674,12 @@ class Reached(BaseException):
     """A command's flags were accepted and its work would begin."""
 
 class ReadmeWalk(Case):
-    """README.md as a reader walks it. Its commands are run by bash, where python only notes its arguments: bash fills in
-    the loops. `quick` in a command's comment: it is run, and writes the file that the comment names. Copied code
-    assigns drawn images to x, a loss to l."""
+    """README.md as a reader walks it. Its commands are run by bash, where python only notes its arguments: loops and
+    variables are bash's own. A comment with `quick` in it: the command is run, and writes the file that the comment
+    names. Copied code assigns drawn images to x and a loss to l."""
     text = (HERE / "README.md").read_text()
     scripts = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde, "inpaint": inpaint, "toy": toy, "common": ncsn}
+    blank = r"\b[A-Z]{2,}\b|(?<= )[A-Z]\b"                                # a WORD, or N: to be filled in
     prelude = ("set -eu; note() { printf '%s\\t' \"${BASH_LINENO[1]}\" \"$@\"; echo; }; pass() { :; }; "
                "for c in python torchrun pip pytest; do eval \"$c() { note $c \\\"\\$@\\\"; }\"; done; "
                "for c in git cd source .; do eval \"$c() { pass; }\"; done")
@@ -2654,21 +2692,22 @@ class ReadmeWalk(Case):
     def inline(self, text):
         """[(line number, code)] of the inline code."""
         prose = re.sub(r"^```.*?^```$", lambda m: "\n" * m[0].count("\n"), text, flags=re.M | re.S)
-        return [(prose.count("\n", 0, m.start()) + 1, m[1]) for m in re.finditer(r"`([^`]+)`", prose)]
+        found = re.finditer(r"`((?:(?!\n\n)[^`])+)`", prose)
+        return [(prose.count("\n", 0, m.start()) + 1, m[1].replace("\n", " ")) for m in found]
 
     def commands(self, text, inline=True):
-        """[(line number, argv)] of the commands in sh blocks and, but for those with a WORD to be filled in, in inline
-        code. Each block is a subshell that begins where it does in the text, so bash's complaints name its lines."""
+        """[(line number, argv)] of the commands in sh blocks and, but for those with a blank to be filled in, in
+        inline code. Each block is a subshell where it is in the text, so bash's complaints name its lines."""
         script = [""] * (text.count("\n") + 2)
         for n, code in self.blocks(text, "sh"):
             script[n - 1:n - 1 + code.count("\n")] = code.splitlines()
             script[n - 2], script[n - 1 + code.count("\n")] = "(", ")"
         for n, code in self.inline(text) if inline else ():
-            if re.match(r"(python|torchrun) ", code) and not re.search(r"\b[A-Z]{2,}\b", code):
+            if re.match(r"(python|torchrun|pip) ", code) and not re.search(self.blank, code):
                 script[n - 1] += f"( {code} );"
         script[0] = self.prelude + ";" + script[0]
-        (self.dir / "README.sh").write_text("\n".join(script))
-        done = subprocess.run(["bash", "README.sh"], cwd=self.dir, env={"PATH": ""}, capture_output=True, text=True,
+        (self.dir / "README.md").write_text("\n".join(script))
+        done = subprocess.run(["bash", "README.md"], cwd=self.dir, env={"PATH": ""}, capture_output=True, text=True,
                               executable=shutil.which("bash"))
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         rows = [line.split("\t")[:-1] for line in done.stdout.splitlines()]
@@ -2676,22 +2715,27 @@ class ReadmeWalk(Case):
 
     def accepts(self, argv):
         """(complaint or "", argparse's result) of `python ARGV`, which goes on until its work would begin."""
-        seen, real, processes = [], argparse.ArgumentParser.parse_args, None
-        if argv[0] == "torchrun":
+        seen, real, processes = [], argparse.ArgumentParser.parse_args, 1
+        program, *argv = argv[2:] if argv[:2] == ["python", "-m"] else argv
+        if program == "pip":
+            needs = re.findall(r"^\w+", (HERE / "requirements.txt").read_text(), re.M)
+            known = ["install", "-r", "requirements.txt", "--index-url", *needs]
+            return ", ".join(f"who needs {v}?" for v in argv if v not in known and "://" not in v), None
+        if program == "torchrun":
             from torch.distributed.run import get_args_parser
-            run = get_args_parser().parse_args(argv[1:])
-            argv, processes = [run.training_script, *run.training_script_args], run.nproc_per_node
-        elif argv[:3] == ["python", "-m", "venv"] or argv[0] == "pytest" and len(argv) == 1:
+            try:
+                with contextlib.redirect_stderr(io.StringIO()) as err:
+                    run = get_args_parser().parse_args(argv)
+            except SystemExit:
+                return err.getvalue().splitlines()[-1], None
+            argv, processes = [run.training_script, *run.training_script_args], int(run.nproc_per_node)
+        elif program != "python":                                          # venv, pytest
             return "", None
-        elif argv[0] == "pip":
-            return "" if argv[1:] == ["install", "-r", "requirements.txt"] else "not what this project needs", None
-        else:
-            argv = argv[1:]
         if not argv or not (HERE / argv[0]).is_file():
             return f"there is no {' '.join(argv[:1])}", None
         if argv[0] == "test_all.py":
             unknown = [v for v in argv[1:] if not hasattr(sys.modules[__name__], v.split(".")[0])]
-            return f"no such tests: {unknown}" if unknown else "", None
+            return ", ".join(f"there is no test {v}" for v in unknown), None
         def parse(parser, *args, **kwargs):
             seen.append(real(parser, *args, **kwargs))
             if run := getattr(seen[-1], "run", None):                      # inpaint.py looks whether it is there
@@ -2702,8 +2746,7 @@ class ReadmeWalk(Case):
             stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
             stack.enter_context(mock.patch.object(argparse.ArgumentParser, "parse_args", parse))
             stack.enter_context(mock.patch("torch.distributed.init_process_group"))
-            if processes:
-                stack.enter_context(mock.patch.dict(os.environ, WORLD_SIZE=processes, LOCAL_RANK="0"))
+            stack.enter_context(mock.patch.dict(os.environ, WORLD_SIZE=str(processes), LOCAL_RANK="0"))
             for work in ("torch.manual_seed", "common.load_checkpoint", "toy.load_images",
                          "concurrent.futures.ProcessPoolExecutor"):
                 stack.enter_context(mock.patch(work, side_effect=Reached))
@@ -2711,15 +2754,17 @@ class ReadmeWalk(Case):
                 code, _, err = self.command(self.scripts[Path(argv[0]).stem], *argv[1:])
             except Reached:
                 code, err = 0, ""
-        return f"{err.strip().splitlines()[-1:]}" if code else "", seen[-1] if seen else None
+        return err.strip().splitlines()[-1] if code else "", seen[-1] if seen else None
 
     def test_commands_parse_and_draw_only_from_runs_that_a_command_trains(self):
         wrong, made, used = [], set(), []
+        rest = re.sub(r"^```(sh|python)$.*?^```$", "", self.text, flags=re.M | re.S)
+        self.assertEqual(re.findall(r"^[ $>]*(?:python|pip|torchrun) .*", rest, re.M), [], "not in a block of sh")
         for n, argv in self.commands(self.text):
             complaint, args = self.accepts(argv)
             if complaint:
                 wrong.append(f"README.md, line {n}: {' '.join(argv)}: {complaint}")
-            elif args and Path(argv[-1]).name != "test_all.py":
+            elif args:
                 a = vars(args)
                 script = next(Path(v).stem for v in argv if v.endswith(".py"))
                 draws = a.get("sample_only") or a.get("resume")
@@ -2729,7 +2774,7 @@ class ReadmeWalk(Case):
                 used += [(n, r) for r in (a.get("run"), a.get("origin"), a.get("classifier"), a.get("encode"),
                                           out if draws else None) if r]
         wrong += [f"README.md, line {n}: no command trains {run}" for n, run in used if run not in made]
-        self.assertEqual(wrong, [])
+        self.assertEqual("\n".join(wrong), "")
         self.assertGreater(len(made), 3)
 
     def test_commands_of_the_docstrings_parse(self):
@@ -2737,7 +2782,7 @@ class ReadmeWalk(Case):
             doc = (HERE / f"{name}.py").read_text().split('"""')[1]
             text = "".join(f"```sh\n{line}\n```\n" if line.startswith("    python ") else "\n"
                            for line in doc.splitlines())
-            for _, argv in self.commands(re.sub(r" [A-Z]{2,}\b.*", "", text), inline=False):
+            for _, argv in self.commands(re.sub(rf" ({self.blank}).*", "", text), inline=False):
                 self.assertEqual(self.accepts(argv)[0], "", f"{name}.py: {' '.join(argv)}")
 
     def test_flags_in_the_text_exist(self):
@@ -2763,7 +2808,7 @@ class ReadmeWalk(Case):
                         wrong.append(f"README.md, line {n}: no script takes {flag} {value}")
                 elif flag.startswith("--") and flag not in actions:
                     wrong.append(f"README.md, line {n}: no script has {flag}")
-        self.assertEqual(wrong, [])
+        self.assertEqual("\n".join(wrong), "")
 
     def test_quick_commands_run_and_make_what_they_name(self):
         quick, lines = [], self.text.splitlines()
@@ -2816,10 +2861,11 @@ class ReadmeWalk(Case):
                 found[m[1]] = int(cells[at].replace(",", ""))
         self.assertEqual(found, {name: (HERE / name).read_text().count("\n") for name in found})
         total = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]).countTestCases()
-        self.assertEqual({int(v.replace(",", "")) for v in re.findall(r"\b(\d[\d,]*) tests\b", self.text)} - {total}, set())
+        claims = {int(v.replace(",", "")) for v in re.findall(r"\b(\d[\d,]*) tests\b", self.text)}
+        self.assertEqual(claims - {total}, set())
 
     def copied(self, code, net):
-        """[[image drawn], ...] and [loss, ...] of copied code, in which every UNet(...) is this net(x, noise, label)."""
+        """Images drawn and losses, two lists, of copied code in which every UNet is net(x, noise, label, its names)."""
         class Net(nn.Module):
             def __init__(self, *args, **kwargs):
                 super().__init__()
