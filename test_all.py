@@ -1071,8 +1071,25 @@ class SDEs(Case):
         y = 0.1 + 0.2 * torch.randn(300, 1, 2, 2, dtype=torch.float64)
         e = sde.VP(eps=1e-5)
         logp, _ = sde.log_likelihood(sde.make_score(self.exact(0.1, 0.2), e), e, y, 1e-5)
+        exact = torch.distributions.Normal(0.1, 0.2).log_prob(y).flatten(1).sum(1)
+        self.near(logp[:, 0], exact, 0.02)                                 # of each: v^T J v = tr J if J is diagonal
         bits = -logp[:, 0] / 4 / math.log(2) + 7                           # 7 = 8 - log2 of the range 2 for 256 levels
         self.near(bits.mean(), math.log2(0.2 * 256 / 2 * math.sqrt(2 * math.pi * math.e)), 4 * bits.std() / math.sqrt(300) + 1e-3)
+
+    def test_reported_bits_are_those_of_the_exact_density(self):
+        e, lines, k = sde.VP(eps=1e-5), [], torch.multinomial(self.weights, 130, replacement=True)
+        y = (self.modes[k] + self.width * torch.randn(130, 2, dtype=torch.float64)).view(-1, 2, 1, 1)
+        slope = torch.linspace(-30, -10, 130, dtype=torch.float64)         # log |dy / du| of each image
+        run = argparse.Namespace(args=argparse.Namespace(out=self.dir, probes=2), print=lines.append)
+        sde.report_bits(run, sde.make_score(self.mixture_eps, e), e, y, slope, 1e-5, [130 * 40])
+        exact = -(self.mixture(0 * slope, y).logsumexp(1) + slope) / 2 / math.log(2)           # of two grey levels
+        rows = torch.tensor(np.loadtxt(self.dir / "bits.csv", delimiter=","))
+        off = rows - exact[:, None]
+        self.near(off.mean(), 0, 4 * off.mean(1).std() / math.sqrt(130))
+        self.near(off, 0, 3)
+        found = re.match(r"bits   (\S+) \+- (\S+) \((\S+) .* of (\d+) test.*, (\d+) eval", lines[-1]).groups()
+        error = rows.mean(1).std() / math.sqrt(130), (rows.var(1).mean() / rows.numel()).sqrt()
+        self.near([float(v) for v in found], [rows.mean(), *error, 130, 40], 1e-4)
 
     def test_guidance_is_bayes_rule(self):
         y, label = torch.randn(30, 2, 1, 1), torch.arange(30) % 3
@@ -1228,6 +1245,31 @@ class SDERuns(Case):
         self.assertLess(float(re.search(r"squared error ([\d.e-]+) of 255", text)[1]), 1)
         self.assertTrue((out / "interpolate.png").exists())
         self.assertFalse(common.load_checkpoint(out / "ckpt.pt")["args"].get("encode"))
+
+    def test_drawing_gets_its_settings(self):
+        out, judge, seen, real, drawn = self.dir / "run", self.dir / "judge", [], sde.make_score, []
+        self.run_ok(*self.flags("--classes", "--out", out))
+        self.run_ok(*self.flags("--train-classifier", "--out", judge))
+        def make(eps, e, label=None, w=0.0, judge=None, frames=None):
+            seen.append((e.eps, None if label is None else label.tolist(), w, judge is not None))
+            return real(eps, e, label, w, judge, frames)
+        em = lambda score, e, x, ts: drawn.append(x) or sde.tweedie(score, e, x, ts[-1])
+        with mock.patch.object(sde, "make_score", make), mock.patch.dict(sde.SAMPLERS, em=em):
+            for flags, w, judged, std in (([], 0, False, 1), (["--guidance", 2, "--temperature", 0.5], 2, False, 0.5),
+                                          (["--classifier", judge], 1, True, 1),
+                                          (["--classifier", judge, "--guidance", 3], 3, True, 1)):
+                self.run_ok("--sample-only", "--out", out, "--sampler", "em", "--samples", 25, *flags)
+                self.assertEqual(seen[-1], (1e-3, [k % 10 for k in range(25)], w, judged))     # labels in turn
+                self.near(drawn[-1].std() / std, 1, 0.08)
+            self.run_ok("--sample-only", "--out", out, *self.flags()[:2], "--evaluate-bits", 2, "--tol", 0.01)
+            self.assertEqual(seen[-1], (1e-5, None, 0, False))             # a likelihood needs the smaller eps
+
+    def test_the_error_of_a_code_is_printed_in_grey_levels(self):
+        lines, x = [], torch.zeros(4, 1, 2, 2)
+        run = argparse.Namespace(args=argparse.Namespace(transform="none", out=self.dir), print=lines.append, low=-1.0)
+        with mock.patch.object(sde, "rk45", lambda fun, x, t0, t1, tol: x if t1 > t0 else x + 0.1):
+            sde.interpolate(run, None, sde.VP(), x, x, 1e-5)
+        self.assertIn("error 12.8 of 255", lines[0])                       # 0.1 of a range of 2
 
     def test_killed_or_interrupted_and_resumed_is_never_stopped(self):
         flags = self.flags("--dropout", 0.1, "--samples", 1, "--steps", 40)
@@ -1548,6 +1590,47 @@ class ControlRuns(Case):
             self.assertEqual((run / "inpaint" / "inpaint-left-repaint.npz").read_bytes(), before)      # the same seed
             self.command(inpaint, run, *data, "--seed", 1)
             self.assertNotEqual((run / "inpaint" / "inpaint-left-repaint.npz").read_bytes(), before)
+
+    def test_every_flag_reaches_what_it_is_for(self):
+        runs, seen, x0 = self.runs(), [], toy.load_images("digits", self.dir / "data", "test")[0][1:4] / 127.5 - 1
+        def spy(name):
+            return lambda D, b, op, x, sigma, **more: seen.append((name, more, sigma, op, b, x)) or 0.1 * D(x, 1.0)
+        def call(*flags, run="ddpm"):
+            del seen[:]
+            with mock.patch.dict(inpaint.METHODS, {name: spy(name) for name in inpaint.METHODS}):
+                code, _, err = self.command(inpaint, runs[run], "--data-dir", self.dir / "data", "--samples", 3,
+                                            "--index", 1, "--completions", 40, *flags)
+            self.assertEqual((code, err), (0, ""), flags)
+            self.assertEqual([len(call[4]) for call in seen], [80, 40])    # a hundred completions at once at most
+            return seen[0]
+        for flags, name, options, N, sigma in (
+                (["ald"], "ald", {"T": 10, "eps": None}, 30, 10),
+                (["ald", "--T", 3, "--eps", 0.02], "ald", {"T": 3, "eps": 0.02}, 30, 10),
+                (["replace"], "replace", {"T": 1, "snr": 0.16}, 141, 20), (["ilvr"], "ilvr", {}, 251, 20),
+                (["replace", "--T", 0, "--snr", 0.3], "replace", {"T": 0, "snr": 0.3}, 141, 20),
+                (["auto", "--U", 2, "--jump", 3, "--sigma-max", 5], "repaint", {"U": 2, "jump": 3}, 41, 5),
+                (["dps", "--zeta", 0.4, "--sample-steps", 7], "dps", {"zeta": 0.4}, 8, 20)):
+            found = call("--method", *flags)
+            self.assertEqual((*found[:2], len(found[2])), (name, options, N))
+            self.near(found[2][0], sigma, 1e-6)
+        self.near(call(run="ncsn")[2][0], 2, 1e-6)                         # no more noise than the run knows
+        self.near(call("--mask", "random", "--keep", 0.6, "--seed", 5)[3].A(torch.ones(8, 8)),
+                  inpaint.draw_mask("random", 8, 8, 0.6, 5), 0)
+        for flags, op in ((["super", "--factor", 2], inpaint.block_means(2)),
+                          (["deblur", "--blur", 0.7], inpaint.blurred(8, 8, 0.7))):
+            self.near(call("--task", *flags)[4], op.A(x0)[:2].repeat_interleave(40, 0), 1e-5)
+        name, _, sigma, op, b, x = call("--task", "denoise", "--noise", 0.8)
+        self.assertEqual((name, op.noise, sigma[0], sigma[-1]), ("replace", 0.8, 0.8, 0))
+        self.assertLess(sigma[1], 0.8)
+        b, x = b.unflatten(0, (2, 40)), x.unflatten(0, (2, 40))
+        self.near(b, b[:, :1].expand_as(b), 0)                             # of one picture the same is given
+        self.near((b[:, 0] - x0[:2]).std() / 0.8, 1, 0.2)                  # with noise, where its completions begin
+        self.near(x, b, 1e-6)
+        with mock.patch.object(common, "has_bf16", lambda device: True):
+            for precision in ("auto", "fp32"):
+                ckpt = common.load_checkpoint(runs["ddpm"] / "ckpt.pt")
+                ckpt["args"]["precision"] = precision
+                self.assertEqual(inpaint.load(ckpt, "cpu").bf16, precision == "auto")
 
     def test_own_pictures_and_colours(self):
         out = self.dir / "tinted"
