@@ -1264,12 +1264,57 @@ class SDERuns(Case):
             self.run_ok("--sample-only", "--out", out, *self.flags()[:2], "--evaluate-bits", 2, "--tol", 0.01)
             self.assertEqual(seen[-1], (1e-5, None, 0, False))             # a likelihood needs the smaller eps
 
-    def test_the_error_of_a_code_is_printed_in_grey_levels(self):
-        lines, x = [], torch.zeros(4, 1, 2, 2)
-        run = argparse.Namespace(args=argparse.Namespace(transform="none", out=self.dir), print=lines.append, low=-1.0)
-        with mock.patch.object(sde, "rk45", lambda fun, x, t0, t1, tol: x if t1 > t0 else x + 0.1):
-            sde.interpolate(run, None, sde.VP(), x, x, 1e-5)
-        self.assertIn("error 12.8 of 255", lines[0])                       # 0.1 of a range of 2
+    def test_strips_and_codes_are_what_they_say(self):
+        lines, grids, x = [], [], torch.randint(0, 256, (4, 1, 2, 2)) / 127.5 - 1
+        args = argparse.Namespace(transform="none", out=self.dir, encode=self.dir, strip="quality")
+        run = argparse.Namespace(args=args, print=lines.append, low=-1.0, device="cpu")
+        y = sde.to_data(x)[0]
+        with mock.patch.object(sde, "rk45", lambda fun, x, t0, t1, tol: x if t1 > t0 else x + 0.01), \
+                mock.patch.object(toy, "save_picture"), \
+                mock.patch.object(toy, "grid", lambda rows, *rest: grids.append(rows)):
+            sde.interpolate(run, None, sde.VP(), x, y, 1e-5)
+        self.assertIn("error 1.27 of 255", lines[0])                       # 0.01 of a range of 2
+        rows, back = grids[0].unflatten(0, (2, 11)), sde.from_data(y + 0.01)
+        for k in range(2):                                                 # an image, nine on the way, the next image
+            self.near(rows[k][[0, 1, 9, 10]], torch.stack([x[2 * k], *back[2 * k:2 * k + 2], x[2 * k + 1]]), 1e-5)
+        codes, spans = [torch.randn(60, 1, 2, 2)], []
+        codes.append(3 + 0.8 * codes[0] + 1.2 * torch.randn(60, 1, 2, 2))
+        encode = lambda fun, x, t0, t1, tol: spans.append((t0, t1)) or codes[len(spans) - 1]
+        with mock.patch.object(sde, "rk45", encode), mock.patch.object(common, "load_checkpoint"), \
+                mock.patch.object(sde, "averaged"), mock.patch.object(sde, "noise_predictor"):
+            sde.report_codes(run, None, sde.VP(), x, 1e-5)
+        self.assertEqual(spans, [(1e-3, 1.0)] * 2)                         # to the code
+        a, b = (v.flatten(1).T for v in codes)
+        r = lambda b: torch.stack([torch.stack([u, v]).corrcoef()[0, 1] for u, v in zip(a, b)])
+        found = [[float(v) for v in re.findall(r"-?\d\.\d+", line)] for line in lines[1:]]
+        self.near(found, [[r(v).mean(), r(v).std()] for v in (b, b.roll(1, 1))], 6e-4)
+        (self.dir / "quality.csv").write_text("sampler,evaluations,ratio\nem,101,5\nheun,35,6.5\nem,51,7\n")
+        with mock.patch.object(toy, "plot") as plot:
+            sde.compare(run, None)
+        curves = plot.call_args.args[1]
+        self.assertEqual((curves["em"], curves["heun"], curves["pc"]), ([(51, 7), (101, 5)], [(35, 6.5)], []))
+
+    def test_what_is_drawn_goes_back_to_grey_levels_and_is_judged(self):
+        out, calls, y = self.dir / "run", [], 0.3 * torch.randn(20, 1, 8, 8)
+        self.run_ok(*self.flags("--classes", "--transform", "logit", "--out", out))
+        seen = torch.eye(10)[torch.tensor([k % 10 if k < 15 else 3 for k in range(20)])]       # 15 of 20 are right
+        with mock.patch.dict(sde.SAMPLERS, heun=lambda score, e, x, *rest: calls.append(rest) or y), \
+                mock.patch.object(common, "classifier", return_value=(None, 1.0)), \
+                mock.patch.object(common, "features", return_value=(None, seen)), \
+                mock.patch.object(common, "evaluate", return_value={}):
+            text = self.run_ok("--sample-only", "--out", out, "--rho", 5, "--npz", "--samples", 20, "--evaluate", 20)
+        self.assertEqual(calls, [(3, 5, 0)])
+        self.assertIn("label  75.0 % are", text)
+        with np.load(out / "samples.npz") as f:
+            self.near(torch.tensor(f["arr_0"][..., 0]), toy.to_uint8(sde.from_data(y, "logit"), -1.0)[:, 0], 0)
+
+    def test_a_classifier_learns_from_the_noise_that_it_is_told(self):
+        seen, real = [], sde.eps_theta
+        with mock.patch.object(sde, "eps_theta", lambda net, y, sigma: seen.append((y, sigma)) or real(net, y, sigma)):
+            self.run_ok(*self.flags("--train-classifier", "--steps", 20, "--out", self.dir / "judge"))
+        y, sigma = (torch.cat(v) for v in zip(*seen))
+        self.assertEqual(len(sigma.unique()), 160)                         # of each image another t
+        self.near((y.flatten(1).std(1) / sigma)[sigma > 5].mean(), 1, 0.05)
 
     def test_killed_or_interrupted_and_resumed_is_never_stopped(self):
         flags = self.flags("--dropout", 0.1, "--samples", 1, "--steps", 40)
@@ -2760,12 +2805,15 @@ class ReadmeWalk(Case):
     """README.md as a reader walks it. Its commands are run by bash, where python only notes its arguments: loops and
     variables are bash's own. A comment with `quick` in it: the command is run, and writes the file that the comment
     names. Copied code assigns drawn images to x and a loss to l."""
-    text = (HERE / "README.md").read_text()
     scripts = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde, "inpaint": inpaint, "toy": toy, "common": ncsn}
     blank = r"\b[A-Z]{2,}\b|(?<= )[A-Z]\b"                                # a WORD, or N: to be filled in
     prelude = ("set -eu; note() { printf '%s\\t' \"${BASH_LINENO[1]}\" \"$@\"; echo; }; pass() { :; }; "
                "for c in python torchrun pip pytest; do eval \"$c() { note $c \\\"\\$@\\\"; }\"; done; "
                "for c in git cd source .; do eval \"$c() { pass; }\"; done")
+
+    def setUp(self):
+        super().setUp()
+        self.text = (HERE / "README.md").read_text()
 
     def blocks(self, text, kind):
         """[(line number, code)] of the fenced blocks of this kind."""
@@ -2781,6 +2829,8 @@ class ReadmeWalk(Case):
     def commands(self, text, inline=True):
         """[(line number, argv)] of the commands in sh blocks and, but for those with a blank to be filled in, in
         inline code. Each block is a subshell where it is in the text, so bash's complaints name its lines."""
+        if not shutil.which("bash"):
+            self.skipTest("there is no bash")
         script = [""] * (text.count("\n") + 2)
         for n, code in self.blocks(text, "sh"):
             script[n - 1:n - 1 + code.count("\n")] = code.splitlines()
@@ -2899,7 +2949,7 @@ class ReadmeWalk(Case):
             comment = lines[n - 1].partition(" #")[2]
             if re.search(r"\bquick\b", comment):
                 quick.append((n, argv, re.findall(r"[\w./-]+\.(?:png|gif|csv|npz|pt)\b", comment)))
-        self.assertGreater(len(quick), 1)
+        self.assertGreater(len(quick), 1, "no command of README.md is marked quick")
         for path in HERE.glob("*.py"):
             shutil.copy(path, self.dir)
         nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
