@@ -1564,6 +1564,15 @@ class Control(Case):
         for name, method in inpaint.METHODS.items():
             self.assertEqual(method(lambda x, s: 0.5 * x, op.A(x), op, x, [2.0, 1.0, 0.5] + [0.0] * (name != "ald")).device.type, "meta")
 
+    def test_a_denoised_image_is_no_brighter_than_white(self):
+        frames, x0 = [], torch.zeros(2, 1, 2, 4)
+        given, x, calls = inpaint.complete(lambda x, s: 3 + 0 * x, x0, self.right, "repaint", self.sigma, 5, frames)
+        self.assertEqual((x.shape, calls), ((2, 5, 1, 2, 4), 274))
+        self.near(x[..., :2], 0, 1e-6)                                     # given
+        self.near(x[..., 2:], 1, 1e-6)                                     # D = 3 is none of an image in [-1, 1]
+        self.assertEqual(len(frames), 28)
+        self.near(torch.stack([f[1::2] for f in frames]), 1, 0)            # E[x_0 | x] beside each x
+
     def test_measures(self):
         x0 = torch.full((2, 1, 4, 4), 100, dtype=torch.uint8)
         x = x0[:, None].repeat(1, 4, 1, 1, 1)
@@ -1637,16 +1646,23 @@ class ControlRuns(Case):
             self.assertNotEqual((run / "inpaint" / "inpaint-left-repaint.npz").read_bytes(), before)
 
     def test_every_flag_reaches_what_it_is_for(self):
-        runs, seen, x0 = self.runs(), [], toy.load_images("digits", self.dir / "data", "test")[0][1:4] / 127.5 - 1
+        runs, x0 = self.runs(), toy.load_images("digits", self.dir / "data", "test")[0][1:4] / 127.5 - 1
+        seen, drawn, shown = [], [], []
         def spy(name):
-            return lambda D, b, op, x, sigma, **more: seen.append((name, more, sigma, op, b, x)) or 0.1 * D(x, 1.0)
+            def method(D, b, op, x, sigma, **more):
+                seen.append((name, more, sigma, op, b, x))
+                drawn.append(0.1 * D(x, 1.0))
+                return drawn[-1]
+            return method
         def call(*flags, run="ddpm"):
-            del seen[:]
-            with mock.patch.dict(inpaint.METHODS, {name: spy(name) for name in inpaint.METHODS}):
+            seen.clear(), drawn.clear()
+            with mock.patch.dict(inpaint.METHODS, {name: spy(name) for name in inpaint.METHODS}), \
+                    mock.patch.object(toy, "save_process", lambda frames, *rest: shown.append(frames[-1])):
                 code, _, err = self.command(inpaint, runs[run], "--data-dir", self.dir / "data", "--samples", 3,
                                             "--index", 1, "--completions", 40, *flags)
             self.assertEqual((code, err), (0, ""), flags)
             self.assertEqual([len(call[4]) for call in seen], [80, 40])    # a hundred completions at once at most
+            self.near(shown[-1][::2], torch.cat(drawn)[::40], 0.005)       # the film ends with what was drawn
             return seen[0]
         for flags, name, options, N, sigma in (
                 (["ald"], "ald", {"T": 10, "eps": None}, 30, 10),
@@ -1693,6 +1709,9 @@ class ControlRuns(Case):
         with np.load(out / "inpaint" / "inpaint-left-repaint.npz") as f:
             fit = np.asarray(toy.read_picture(self.dir / "grey.png", 8).convert("RGB"))
             self.assertTrue((f["truth"][0] == fit).all() and (f["completions"][:, :, :, 4:] == f["truth"][:, None, :, 4:]).all())
+        found, _ = inpaint.test_images(argparse.Namespace(image=[self.dir / "grey.png"], size=None),
+                                       argparse.Namespace(shape=[3, 8, 8], size=8))
+        self.near(found[0].permute(1, 2, 0), np.array(fit), 0)             # of the size that the run was trained with
         code, _, err = self.command(inpaint, out, "--image", self.dir / "grey.png")
         self.assertEqual((code, err.count("\n")), (2, 1))
         self.assertIn("grey.png is 20 x 16, the run's images are 8 x 8: give --size", err)
@@ -1731,7 +1750,7 @@ class ControlRuns(Case):
         self.assertIn("     9 evaluations", text)
         self.assertEqual(self.command(inpaint, "--tint", "digits", "--data-dir", self.dir / "data")[0], 0)
         images, _ = toy.load_images(self.dir / "data" / "digits-tinted", split="train")
-        self.assertEqual(images.shape, (6, 3, 8, 8))
+        self.near(images, inpaint.tint(toy.load_images("digits", self.dir / "data", "train")[0]), 0)
 
 class Quality(Case):
     @classmethod
@@ -2807,7 +2826,8 @@ class ReadmeWalk(Case):
     names. Copied code assigns drawn images to x and a loss to l."""
     scripts = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde, "inpaint": inpaint, "toy": toy, "common": ncsn}
     blank = r"\b[A-Z]{2,}\b|(?<= )[A-Z]\b"                                # a WORD, or N: to be filled in
-    prelude = ("set -eu; note() { printf '%s\\t' \"${BASH_LINENO[1]}\" \"$@\"; echo; }; pass() { :; }; "
+    prelude = ("set -eu; exec 3>&1; pass() { :; }; "
+               "note() { { printf '%s\\t' \"${BASH_LINENO[1]}\" \"$@\"; echo; } >&3; }; "
                "for c in python torchrun pip pytest; do eval \"$c() { note $c \\\"\\$@\\\"; }\"; done; "
                "for c in git cd source .; do eval \"$c() { pass; }\"; done")
 
@@ -2902,7 +2922,7 @@ class ReadmeWalk(Case):
                 script = next(Path(v).stem for v in argv if v.endswith(".py"))
                 draws = a.get("sample_only") or a.get("resume")
                 out = a["out"] or f"runs/{script}-{Path(a.get('dataset', '')).name}"
-                if "steps" in a and not draws and not a["origin" if "origin" in a else "npz"]:
+                if "steps" in a and not (draws or a.get("origin") or a.get("derive") or a.get("benchmark")):
                     made.add(out)
                 used += [(n, r) for r in (a.get("run"), a.get("origin"), a.get("classifier"), a.get("encode"),
                                           out if draws else None) if r]
@@ -2919,20 +2939,21 @@ class ReadmeWalk(Case):
                 self.assertEqual(self.accepts(argv)[0], "", f"{name}.py: {' '.join(argv)}")
 
     def test_flags_in_the_text_exist(self):
-        actions, real, wrong = {}, argparse.ArgumentParser.parse_args, []
+        actions, wrong = {}, []
         def collect(parser, *args, **kwargs):
             for option, action in parser._option_string_actions.items():
                 actions.setdefault(option, []).append(action)
             raise Reached
-        for module in {*self.scripts.values()}:
+        from torch.distributed.run import get_args_parser
+        for main in (lambda: get_args_parser().parse_args(), *(module.main for module in self.scripts.values())):
             with mock.patch.object(argparse.ArgumentParser, "parse_args", collect), self.assertRaises(Reached):
-                self.command(module)
+                main()
         def takes(action, value):
             with contextlib.suppress(ValueError):
                 v = action.type(value) if action.type else value
                 return action.nargs != 0 and (action.choices is None or v in action.choices)
         for n, code in self.inline(self.text):
-            words = code.split()
+            words = code.replace("=", " ").split() or [""]
             if not words[0].startswith("--"):
                 continue
             for flag, value in zip(words, [*words[1:], "--"]):
