@@ -100,8 +100,8 @@ def eps_theta(net, y, sigma, label=None, precond="eps", sigma_data=1.0):
 
 def loss(net, x0, sde, label=None, p_null=0.1, weighting="paper", precond="eps", sigma_data=1.0):
     """Continuous denoising score matching, eq. (7), mean over pixels. paper: lambda = s^2, t uniform. likelihood:
-    lambda = g^2 (ScoreFlow), t ~ g^2 / s^2 = d log sigma^2 / dt by importance: log sigma uniform. EDM: its table 1, on D
-    lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, log(sigma / 2 sigma_data) ~ N(-1.2, 1.2^2), 2 * 0.5 = 1."""
+    lambda = g^2 (ScoreFlow), t ~ g^2 / s^2 = d log sigma^2 / dt by importance: log sigma uniform. EDM: table 1, on D
+    lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2; log(sigma / 2 sigma_data) ~ N(-1.2, 1.2^2) (2 0.5 = 1)."""
     u, z = torch.rand(len(x0), device=x0.device), torch.randn_like(x0)
     t = sde.eps + u * (sde.T - sde.eps)
     if isinstance(sde, EDM):
@@ -356,8 +356,8 @@ def interpolate(run, score, sde, x0, y, tol):
     """--strip interpolate: test images, and between them nine points on the great circle of their codes, decoded."""
     solve = lambda x, t0, t1: rk45(flow(score, sde), x, t0, t1, tol)
     x_T = solve(y, sde.eps, sde.T)                                         # encode, and decode again
-    error = 127.5 * (solve(x_T, sde.T, sde.eps) - y).square().mean().sqrt()
-    run.print(f"strip  encoded and decoded with --tol {tol:g}: root mean squared error {error:.3g} of 255")
+    rms = (k := 127.5 if run.args.transform == "none" else 6) * (solve(x_T, sde.T, sde.eps) - y).square().mean().sqrt()
+    run.print(f"strip  encoded, decoded: root mean squared error {rms:.3g} of {'255' if k > 6 else 'the logits'}")
     way = [ddpm.slerp(a, b, k) for a, b in zip(x_T[::2], x_T[1::2]) for k in torch.linspace(0, 1, 9)]
     way = from_data(solve(torch.stack(way), sde.T, sde.eps), run.args.transform).unflatten(0, (-1, 9))
     rows = torch.cat([x0[::2, None], way, x0[1::2, None]], dim=1).flatten(0, 1)

@@ -3,8 +3,8 @@
 Where a network belongs stands the exact answer: for data N(M, S^2) the score of q_sigma is -(x - M) / (S^2 + sigma^2).
 M and S are never 0 and 1 (plain noise would pass), and S = 0, a point mass, shows what mean and variance hide.
 """
-import contextlib, csv, gzip, hashlib, http.server, io, itertools, math, os, signal, struct, subprocess, sys, tarfile, tempfile
-import re, threading, time, unittest
+import argparse, ast, contextlib, csv, gzip, hashlib, http.server, io, itertools, math, os, re, shutil, signal, struct
+import subprocess, sys, tarfile, tempfile, threading, time, unittest
 from pathlib import Path
 from unittest import mock
 import numpy as np
@@ -863,6 +863,43 @@ class SDEs(Case):
                 mean, var = self.moments("heun", e, 300, churn=churn)
                 self.near([mean / M, math.sqrt(var) / S], 1, 0.02)
 
+    def test_churn_is_that_of_edm_algorithm_2(self):
+        sigma, e = common.karras_sigmas(4, 0.002, 80.0).tolist(), self.sdes["edm"]
+        for churn, gamma in ((1.0, 1 / 4), (40.0, math.sqrt(2) - 1)):      # min(S_churn / N, sqrt(2) - 1),
+            for low, high in ((0.0, math.inf), (0.1, 10.0)):               # from S_tmin to S_tmax
+                seen = []
+                score = lambda x, t, i=None: seen.append(float(t)) or -(x - M) / (S ** 2 + t ** 2)
+                sde.heun(score, e, torch.randn(5, 1, 1, 1), 4, 7.0, churn, low, high)
+                exact = [v for a, b in zip(sigma, sigma[1:]) for v in (a * (1 + gamma * (low <= a <= high)), b)][:-1]
+                self.near(torch.tensor(seen) / torch.tensor(exact), 1, 1e-5)
+
+    def test_adaptive_steps_are_those_of_its_algorithm_1(self):
+        e, tol, z = self.sdes["vp"], 0.02, -0.7                            # a path whose noise is z in every step
+        number = lambda f: lambda *v: f(*(torch.tensor(k, dtype=torch.float64) for k in v)).item()
+        f, g, score = number(e.f), number(e.g), sde.make_score(self.exact(), e)
+        s = number(lambda x, t: score(x.view(1, 1, 1, 1), t))
+        x = before = 4.0
+        t, h, exact, rejected = e.T, 0.01 * (e.T - e.eps), [], 0
+        while t > e.eps:
+            t_ = t - h if h < t - e.eps else e.eps
+            F = lambda x, t: -h * (f(x, t) - g(t) ** 2 * s(x, t)) + math.sqrt(h) * g(t) * z
+            low = x + F(x, t)
+            high = (x + low + F(low, t_)) / 2
+            error = abs(low - high) / max(2 / 256, tol * max(abs(low), abs(before)))
+            exact += [t, t_]
+            if error <= 1:
+                x, before, t = high, low, t_
+            rejected += error > 1
+            h = min(t - e.eps, 0.9 * h * error ** -0.9)
+        seen = []
+        spy = lambda x, t, i=sde.ALL: seen.append(t.item()) or score(x, t, i)
+        with mock.patch.object(sde.torch, "randn_like", lambda x: torch.full_like(x, z)):
+            found = sde.adaptive(spy, e, torch.full((1, 1, 1, 1), 4.0, dtype=torch.float64), tol)
+        self.assertGreater(rejected, 2)
+        self.assertEqual(len(seen), len(exact) + 1)                        # and E[x(0) | x(eps)]
+        self.near(torch.tensor(seen[:-1]) / torch.tensor(exact), 1, 1e-4)
+        self.near(found, x, 1e-2)
+
     def drawn(self, name, e, score, x, N=1000, rho=None):
         """What the sampler of this name draws from x."""
         grid = sde.times(e, N, 7.0 if isinstance(e, sde.EDM) else rho)
@@ -1034,8 +1071,25 @@ class SDEs(Case):
         y = 0.1 + 0.2 * torch.randn(300, 1, 2, 2, dtype=torch.float64)
         e = sde.VP(eps=1e-5)
         logp, _ = sde.log_likelihood(sde.make_score(self.exact(0.1, 0.2), e), e, y, 1e-5)
+        exact = torch.distributions.Normal(0.1, 0.2).log_prob(y).flatten(1).sum(1)
+        self.near(logp[:, 0], exact, 0.02)                                 # of each: v^T J v = tr J if J is diagonal
         bits = -logp[:, 0] / 4 / math.log(2) + 7                           # 7 = 8 - log2 of the range 2 for 256 levels
         self.near(bits.mean(), math.log2(0.2 * 256 / 2 * math.sqrt(2 * math.pi * math.e)), 4 * bits.std() / math.sqrt(300) + 1e-3)
+
+    def test_reported_bits_are_those_of_the_exact_density(self):
+        e, lines, k = sde.VP(eps=1e-5), [], torch.multinomial(self.weights, 130, replacement=True)
+        y = (self.modes[k] + self.width * torch.randn(130, 2, dtype=torch.float64)).view(-1, 2, 1, 1)
+        slope = torch.linspace(-30, -10, 130, dtype=torch.float64)         # log |dy / du| of each image
+        run = argparse.Namespace(args=argparse.Namespace(out=self.dir, probes=2), print=lines.append)
+        sde.report_bits(run, sde.make_score(self.mixture_eps, e), e, y, slope, 1e-5, [130 * 40])
+        exact = -(self.mixture(0 * slope, y).logsumexp(1) + slope) / 2 / math.log(2)           # of two grey levels
+        rows = torch.tensor(np.loadtxt(self.dir / "bits.csv", delimiter=","))
+        off = rows - exact[:, None]
+        self.near(off.mean(), 0, 4 * off.mean(1).std() / math.sqrt(130))
+        self.near(off, 0, 3)
+        found = re.match(r"bits   (\S+) \+- (\S+) \((\S+) .* of (\d+) test.*, (\d+) eval", lines[-1]).groups()
+        error = rows.mean(1).std() / math.sqrt(130), (rows.var(1).mean() / rows.numel()).sqrt()
+        self.near([float(v) for v in found], [rows.mean(), *error, 130, 40], 1e-4)
 
     def test_guidance_is_bayes_rule(self):
         y, label = torch.randn(30, 2, 1, 1), torch.arange(30) % 3
@@ -1191,6 +1245,76 @@ class SDERuns(Case):
         self.assertLess(float(re.search(r"squared error ([\d.e-]+) of 255", text)[1]), 1)
         self.assertTrue((out / "interpolate.png").exists())
         self.assertFalse(common.load_checkpoint(out / "ckpt.pt")["args"].get("encode"))
+
+    def test_drawing_gets_its_settings(self):
+        out, judge, seen, real, drawn = self.dir / "run", self.dir / "judge", [], sde.make_score, []
+        self.run_ok(*self.flags("--classes", "--out", out))
+        self.run_ok(*self.flags("--train-classifier", "--out", judge))
+        def make(eps, e, label=None, w=0.0, judge=None, frames=None):
+            seen.append((e.eps, None if label is None else label.tolist(), w, judge is not None))
+            return real(eps, e, label, w, judge, frames)
+        em = lambda score, e, x, ts: drawn.append(x) or sde.tweedie(score, e, x, ts[-1])
+        with mock.patch.object(sde, "make_score", make), mock.patch.dict(sde.SAMPLERS, em=em):
+            for flags, w, judged, std in (([], 0, False, 1), (["--guidance", 2, "--temperature", 0.5], 2, False, 0.5),
+                                          (["--classifier", judge], 1, True, 1),
+                                          (["--classifier", judge, "--guidance", 3], 3, True, 1)):
+                self.run_ok("--sample-only", "--out", out, "--sampler", "em", "--samples", 25, *flags)
+                self.assertEqual(seen[-1], (1e-3, [k % 10 for k in range(25)], w, judged))     # labels in turn
+                self.near(drawn[-1].std() / std, 1, 0.08)
+            self.run_ok("--sample-only", "--out", out, *self.flags()[:2], "--evaluate-bits", 2, "--tol", 0.01)
+            self.assertEqual(seen[-1], (1e-5, None, 0, False))             # a likelihood needs the smaller eps
+
+    def test_strips_and_codes_are_what_they_say(self):
+        lines, grids, x = [], [], torch.randint(0, 256, (4, 1, 2, 2)) / 127.5 - 1
+        args = argparse.Namespace(transform="none", out=self.dir, encode=self.dir, strip="quality")
+        run = argparse.Namespace(args=args, print=lines.append, low=-1.0, device="cpu")
+        y = sde.to_data(x)[0]
+        with mock.patch.object(sde, "rk45", lambda fun, x, t0, t1, tol: x if t1 > t0 else x + 0.01), \
+                mock.patch.object(toy, "save_picture"), \
+                mock.patch.object(toy, "grid", lambda rows, *rest: grids.append(rows)):
+            sde.interpolate(run, None, sde.VP(), x, y, 1e-5)
+        self.assertIn("error 1.27 of 255", lines[0])                       # 0.01 of a range of 2
+        rows, back = grids[0].unflatten(0, (2, 11)), sde.from_data(y + 0.01)
+        for k in range(2):                                                 # an image, nine on the way, the next image
+            self.near(rows[k][[0, 1, 9, 10]], torch.stack([x[2 * k], *back[2 * k:2 * k + 2], x[2 * k + 1]]), 1e-5)
+        codes, spans = [torch.randn(60, 1, 2, 2)], []
+        codes.append(3 + 0.8 * codes[0] + 1.2 * torch.randn(60, 1, 2, 2))
+        encode = lambda fun, x, t0, t1, tol: spans.append((t0, t1)) or codes[len(spans) - 1]
+        with mock.patch.object(sde, "rk45", encode), mock.patch.object(common, "load_checkpoint"), \
+                mock.patch.object(sde, "averaged"), mock.patch.object(sde, "noise_predictor"):
+            sde.report_codes(run, None, sde.VP(), x, 1e-5)
+        self.assertEqual(spans, [(1e-3, 1.0)] * 2)                         # to the code
+        a, b = (v.flatten(1).T for v in codes)
+        r = lambda b: torch.stack([torch.stack([u, v]).corrcoef()[0, 1] for u, v in zip(a, b)])
+        found = [[float(v) for v in re.findall(r"-?\d\.\d+", line)] for line in lines[1:]]
+        self.near(found, [[r(v).mean(), r(v).std()] for v in (b, b.roll(1, 1))], 6e-4)
+        (self.dir / "quality.csv").write_text("sampler,evaluations,ratio\nem,101,5\nheun,35,6.5\nem,51,7\n")
+        with mock.patch.object(toy, "plot") as plot:
+            sde.compare(run, None)
+        curves = plot.call_args.args[1]
+        self.assertEqual((curves["em"], curves["heun"], curves["pc"]), ([(51, 7), (101, 5)], [(35, 6.5)], []))
+
+    def test_what_is_drawn_goes_back_to_grey_levels_and_is_judged(self):
+        out, calls, y = self.dir / "run", [], 0.3 * torch.randn(20, 1, 8, 8)
+        self.run_ok(*self.flags("--classes", "--transform", "logit", "--out", out))
+        seen = torch.eye(10)[torch.tensor([k % 10 if k < 15 else 3 for k in range(20)])]       # 15 of 20 are right
+        with mock.patch.dict(sde.SAMPLERS, heun=lambda score, e, x, *rest: calls.append(rest) or y), \
+                mock.patch.object(common, "classifier", return_value=(None, 1.0)), \
+                mock.patch.object(common, "features", return_value=(None, seen)), \
+                mock.patch.object(common, "evaluate", return_value={}):
+            text = self.run_ok("--sample-only", "--out", out, "--rho", 5, "--npz", "--samples", 20, "--evaluate", 20)
+        self.assertEqual(calls, [(3, 5, 0)])
+        self.assertIn("label  75.0 % are", text)
+        with np.load(out / "samples.npz") as f:
+            self.near(torch.tensor(f["arr_0"][..., 0]), toy.to_uint8(sde.from_data(y, "logit"), -1.0)[:, 0], 0)
+
+    def test_a_classifier_learns_from_the_noise_that_it_is_told(self):
+        seen, real = [], sde.eps_theta
+        with mock.patch.object(sde, "eps_theta", lambda net, y, sigma: seen.append((y, sigma)) or real(net, y, sigma)):
+            self.run_ok(*self.flags("--train-classifier", "--steps", 20, "--out", self.dir / "judge"))
+        y, sigma = (torch.cat(v) for v in zip(*seen))
+        self.assertEqual(len(sigma.unique()), 160)                         # of each image another t
+        self.near((y.flatten(1).std(1) / sigma)[sigma > 5].mean(), 1, 0.05)
 
     def test_killed_or_interrupted_and_resumed_is_never_stopped(self):
         flags = self.flags("--dropout", 0.1, "--samples", 1, "--steps", 40)
@@ -1440,6 +1564,15 @@ class Control(Case):
         for name, method in inpaint.METHODS.items():
             self.assertEqual(method(lambda x, s: 0.5 * x, op.A(x), op, x, [2.0, 1.0, 0.5] + [0.0] * (name != "ald")).device.type, "meta")
 
+    def test_a_denoised_image_is_no_brighter_than_white(self):
+        frames, x0 = [], torch.zeros(2, 1, 2, 4)
+        given, x, calls = inpaint.complete(lambda x, s: 3 + 0 * x, x0, self.right, "repaint", self.sigma, 5, frames)
+        self.assertEqual((x.shape, calls), ((2, 5, 1, 2, 4), 274))
+        self.near(x[..., :2], 0, 1e-6)                                     # given
+        self.near(x[..., 2:], 1, 1e-6)                                     # D = 3 is none of an image in [-1, 1]
+        self.assertEqual(len(frames), 28)
+        self.near(torch.stack([f[1::2] for f in frames]), 1, 0)            # E[x_0 | x] beside each x
+
     def test_measures(self):
         x0 = torch.full((2, 1, 4, 4), 100, dtype=torch.uint8)
         x = x0[:, None].repeat(1, 4, 1, 1, 1)
@@ -1512,6 +1645,54 @@ class ControlRuns(Case):
             self.command(inpaint, run, *data, "--seed", 1)
             self.assertNotEqual((run / "inpaint" / "inpaint-left-repaint.npz").read_bytes(), before)
 
+    def test_every_flag_reaches_what_it_is_for(self):
+        runs, x0 = self.runs(), toy.load_images("digits", self.dir / "data", "test")[0][1:4] / 127.5 - 1
+        seen, drawn, shown = [], [], []
+        def spy(name):
+            def method(D, b, op, x, sigma, **more):
+                seen.append((name, more, sigma, op, b, x))
+                drawn.append(0.1 * D(x, 1.0))
+                return drawn[-1]
+            return method
+        def call(*flags, run="ddpm"):
+            seen.clear(), drawn.clear()
+            with mock.patch.dict(inpaint.METHODS, {name: spy(name) for name in inpaint.METHODS}), \
+                    mock.patch.object(toy, "save_process", lambda frames, *rest: shown.append(frames[-1])):
+                code, _, err = self.command(inpaint, runs[run], "--data-dir", self.dir / "data", "--samples", 3,
+                                            "--index", 1, "--completions", 40, *flags)
+            self.assertEqual((code, err), (0, ""), flags)
+            self.assertEqual([len(call[4]) for call in seen], [80, 40])    # a hundred completions at once at most
+            self.near(shown[-1][::2], torch.cat(drawn)[::40], 0.005)       # the film ends with what was drawn
+            return seen[0]
+        for flags, name, options, N, sigma in (
+                (["ald"], "ald", {"T": 10, "eps": None}, 30, 10),
+                (["ald", "--T", 3, "--eps", 0.02], "ald", {"T": 3, "eps": 0.02}, 30, 10),
+                (["replace"], "replace", {"T": 1, "snr": 0.16}, 141, 20), (["ilvr"], "ilvr", {}, 251, 20),
+                (["replace", "--T", 0, "--snr", 0.3], "replace", {"T": 0, "snr": 0.3}, 141, 20),
+                (["auto", "--U", 2, "--jump", 3, "--sigma-max", 5], "repaint", {"U": 2, "jump": 3}, 41, 5),
+                (["dps", "--zeta", 0.4, "--sample-steps", 7], "dps", {"zeta": 0.4}, 8, 20)):
+            found = call("--method", *flags)
+            self.assertEqual((*found[:2], len(found[2])), (name, options, N))
+            self.near(found[2][0], sigma, 1e-6)
+        self.near(call(run="ncsn")[2][0], 2, 1e-6)                         # no more noise than the run knows
+        self.near(call("--mask", "random", "--keep", 0.6, "--seed", 5)[3].A(torch.ones(8, 8)),
+                  inpaint.draw_mask("random", 8, 8, 0.6, 5), 0)
+        for flags, op in ((["super", "--factor", 2], inpaint.block_means(2)),
+                          (["deblur", "--blur", 0.7], inpaint.blurred(8, 8, 0.7))):
+            self.near(call("--task", *flags)[4], op.A(x0)[:2].repeat_interleave(40, 0), 1e-5)
+        name, _, sigma, op, b, x = call("--task", "denoise", "--noise", 0.8)
+        self.assertEqual((name, op.noise, sigma[0], sigma[-1]), ("replace", 0.8, 0.8, 0))
+        self.assertLess(sigma[1], 0.8)
+        b, x = b.unflatten(0, (2, 40)), x.unflatten(0, (2, 40))
+        self.near(b, b[:, :1].expand_as(b), 0)                             # of one picture the same is given
+        self.near((b[:, 0] - x0[:2]).std() / 0.8, 1, 0.2)                  # with noise, where its completions begin
+        self.near(x, b, 1e-6)
+        with mock.patch.object(common, "has_bf16", lambda device: True):
+            for precision in ("auto", "fp32"):
+                ckpt = common.load_checkpoint(runs["ddpm"] / "ckpt.pt")
+                ckpt["args"]["precision"] = precision
+                self.assertEqual(inpaint.load(ckpt, "cpu").bf16, precision == "auto")
+
     def test_own_pictures_and_colours(self):
         out = self.dir / "tinted"
         images = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8)
@@ -1528,6 +1709,9 @@ class ControlRuns(Case):
         with np.load(out / "inpaint" / "inpaint-left-repaint.npz") as f:
             fit = np.asarray(toy.read_picture(self.dir / "grey.png", 8).convert("RGB"))
             self.assertTrue((f["truth"][0] == fit).all() and (f["completions"][:, :, :, 4:] == f["truth"][:, None, :, 4:]).all())
+        found, _ = inpaint.test_images(argparse.Namespace(image=[self.dir / "grey.png"], size=None),
+                                       argparse.Namespace(shape=[3, 8, 8], size=8))
+        self.near(found[0].permute(1, 2, 0), np.array(fit), 0)             # of the size that the run was trained with
         code, _, err = self.command(inpaint, out, "--image", self.dir / "grey.png")
         self.assertEqual((code, err.count("\n")), (2, 1))
         self.assertIn("grey.png is 20 x 16, the run's images are 8 x 8: give --size", err)
@@ -1566,7 +1750,7 @@ class ControlRuns(Case):
         self.assertIn("     9 evaluations", text)
         self.assertEqual(self.command(inpaint, "--tint", "digits", "--data-dir", self.dir / "data")[0], 0)
         images, _ = toy.load_images(self.dir / "data" / "digits-tinted", split="train")
-        self.assertEqual(images.shape, (6, 3, 8, 8))
+        self.near(images, inpaint.tint(toy.load_images("digits", self.dir / "data", "train")[0]), 0)
 
 class Quality(Case):
     @classmethod
@@ -2632,6 +2816,260 @@ class Processes(Case):
             self.near(row_2[2] / row_1[2], 1, 0.5)
         code, _, err = self.command(ncsn, *flags, "--out", self.dir / "two", "--resume", "--steps", 121)
         self.assertEqual((code, err), (0, ""))
+
+class Reached(BaseException):
+    """A command's flags were accepted and its work would begin."""
+
+class ReadmeWalk(Case):
+    """README.md as a reader walks it. Its commands are run by bash, where python only notes its arguments: loops and
+    variables are bash's own. A comment with `quick` in it: the command is run, and writes the file that the comment
+    names. Copied code assigns drawn images to x and a loss to l."""
+    scripts = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde, "inpaint": inpaint, "toy": toy, "common": ncsn}
+    blank = r"\b[A-Z]{2,}\b|(?<= )[A-Z]\b"                                # a WORD, or N: to be filled in
+    prelude = ("set -eu; exec 3>&1; pass() { :; }; "
+               "note() { { printf '%s\\t' \"${BASH_LINENO[1]}\" \"$@\"; echo; } >&3; }; "
+               "for c in python torchrun pip pytest; do eval \"$c() { note $c \\\"\\$@\\\"; }\"; done; "
+               "for c in git cd source .; do eval \"$c() { pass; }\"; done")
+
+    def setUp(self):
+        super().setUp()
+        self.text = (HERE / "README.md").read_text()
+
+    def blocks(self, text, kind):
+        """[(line number, code)] of the fenced blocks of this kind."""
+        found = re.finditer(rf"^```{kind}\n(.*?)^```$", text, re.M | re.S)
+        return [(text.count("\n", 0, m.start(1)) + 1, m[1]) for m in found]
+
+    def inline(self, text):
+        """[(line number, code)] of the inline code."""
+        prose = re.sub(r"^```.*?^```$", lambda m: "\n" * m[0].count("\n"), text, flags=re.M | re.S)
+        found = re.finditer(r"`((?:(?!\n\n)[^`])+)`", prose)
+        return [(prose.count("\n", 0, m.start()) + 1, m[1].replace("\n", " ")) for m in found]
+
+    def commands(self, text, inline=True):
+        """[(line number, argv)] of the commands in sh blocks and, but for those with a blank to be filled in, in
+        inline code. Each block is a subshell where it is in the text, so bash's complaints name its lines."""
+        if not shutil.which("bash"):
+            self.skipTest("there is no bash")
+        script = [""] * (text.count("\n") + 2)
+        for n, code in self.blocks(text, "sh"):
+            script[n - 1:n - 1 + code.count("\n")] = code.splitlines()
+            script[n - 2], script[n - 1 + code.count("\n")] = "(", ")"
+        for n, code in self.inline(text) if inline else ():
+            if re.match(r"(python|torchrun|pip) ", code) and not re.search(self.blank, code):
+                script[n - 1] += f"( {code} );"
+        script[0] = self.prelude + ";" + script[0]
+        (self.dir / "README.md").write_text("\n".join(script))
+        done = subprocess.run(["bash", "README.md"], cwd=self.dir, env={"PATH": ""}, capture_output=True, text=True,
+                              executable=shutil.which("bash"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        rows = [line.split("\t")[:-1] for line in done.stdout.splitlines()]
+        return [(int(row[0]), row[1:]) for row in rows]
+
+    def accepts(self, argv):
+        """(complaint or "", argparse's result) of `python ARGV`, which goes on until its work would begin."""
+        seen, real, processes = [], argparse.ArgumentParser.parse_args, 1
+        program, *argv = argv[2:] if argv[:2] == ["python", "-m"] else argv
+        if program == "pip":
+            needs = re.findall(r"^\w+", (HERE / "requirements.txt").read_text(), re.M)
+            known = ["install", "-r", "requirements.txt", "--index-url", *needs]
+            return ", ".join(f"who needs {v}?" for v in argv if v not in known and "://" not in v), None
+        if program == "torchrun":
+            from torch.distributed.run import get_args_parser
+            try:
+                with contextlib.redirect_stderr(io.StringIO()) as err:
+                    run = get_args_parser().parse_args(argv)
+            except SystemExit:
+                return err.getvalue().splitlines()[-1], None
+            argv, processes = [run.training_script, *run.training_script_args], int(run.nproc_per_node)
+        elif program != "python":                                          # venv, pytest
+            return "", None
+        if argv[0] == "-c":
+            return compile(argv[1], "README.md", "exec") and "", None      # python's own complaint names the line
+        if not argv or not (HERE / argv[0]).is_file():
+            return f"there is no {' '.join(argv[:1])}", None
+        if argv[0] == "test_all.py":
+            unknown = [v for v in argv[1:] if not hasattr(sys.modules[__name__], v.split(".")[0])]
+            return ", ".join(f"there is no test {v}" for v in unknown), None
+        def parse(parser, *args, **kwargs):
+            seen.append(real(parser, *args, **kwargs))
+            if run := getattr(seen[-1], "run", None):                      # inpaint.py looks whether it is there
+                Path(run).mkdir(parents=True)
+                (Path(run) / "ckpt.pt").touch()
+            return seen[-1]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
+            stack.enter_context(mock.patch.object(argparse.ArgumentParser, "parse_args", parse))
+            stack.enter_context(mock.patch("torch.distributed.init_process_group"))
+            stack.enter_context(mock.patch.dict(os.environ, WORLD_SIZE=str(processes), LOCAL_RANK="0"))
+            for work in ("torch.manual_seed", "common.load_checkpoint", "toy.load_images",
+                         "concurrent.futures.ProcessPoolExecutor"):
+                stack.enter_context(mock.patch(work, side_effect=Reached))
+            try:
+                code, _, err = self.command(self.scripts[Path(argv[0]).stem], *argv[1:])
+            except Reached:
+                code, err = 0, ""
+        return err.strip().splitlines()[-1] if code else "", seen[-1] if seen else None
+
+    def test_commands_parse_and_draw_only_from_runs_that_a_command_trains(self):
+        wrong, made, used = [], set(), []
+        rest = re.sub(r"^```(sh|python)$.*?^```$", "", self.text, flags=re.M | re.S)
+        self.assertEqual(re.findall(r"^[ $>]*(?:python|pip|torchrun) .*", rest, re.M), [], "not in a block of sh")
+        for n, argv in self.commands(self.text):
+            complaint, args = self.accepts(argv)
+            if complaint:
+                wrong.append(f"README.md, line {n}: {' '.join(argv)}: {complaint}")
+            elif args:
+                a = vars(args)
+                script = next(Path(v).stem for v in argv if v.endswith(".py"))
+                draws = a.get("sample_only") or a.get("resume")
+                out = a["out"] or f"runs/{script}-{Path(a.get('dataset', '')).name}"
+                if "steps" in a and not (draws or a.get("origin") or a.get("derive") or a.get("benchmark")):
+                    made.add(out)
+                used += [(n, r) for r in (a.get("run"), a.get("origin"), a.get("classifier"), a.get("encode"),
+                                          out if draws else None) if r]
+        wrong += [f"README.md, line {n}: no command trains {run}" for n, run in used if run not in made]
+        self.assertEqual("\n".join(wrong), "")
+        self.assertGreater(len(made), 3)
+
+    def test_commands_of_the_docstrings_parse(self):
+        for name in self.scripts:
+            doc = (HERE / f"{name}.py").read_text().split('"""')[1]
+            text = "".join(f"```sh\n{line}\n```\n" if line.startswith("    python ") else "\n"
+                           for line in doc.splitlines())
+            for _, argv in self.commands(re.sub(rf" ({self.blank}).*", "", text), inline=False):
+                self.assertEqual(self.accepts(argv)[0], "", f"{name}.py: {' '.join(argv)}")
+
+    def test_flags_in_the_text_exist(self):
+        actions, wrong = {}, []
+        def collect(parser, *args, **kwargs):
+            for option, action in parser._option_string_actions.items():
+                actions.setdefault(option, []).append(action)
+            raise Reached
+        from torch.distributed.run import get_args_parser
+        for main in (lambda: get_args_parser().parse_args(), *(module.main for module in self.scripts.values())):
+            with mock.patch.object(argparse.ArgumentParser, "parse_args", collect), self.assertRaises(Reached):
+                main()
+        def takes(action, value):
+            with contextlib.suppress(ValueError):
+                v = action.type(value) if action.type else value
+                return action.nargs != 0 and (action.choices is None or v in action.choices)
+        for n, code in self.inline(self.text):
+            words = code.replace("=", " ").split() or [""]
+            if not words[0].startswith("--"):
+                continue
+            for flag, value in zip(words, [*words[1:], "--"]):
+                if flag.startswith("--") and not value.startswith("--") and not re.fullmatch("[A-Z]+|[a-z]", value):
+                    if not any(takes(action, value) for action in actions.get(flag, ())):
+                        wrong.append(f"README.md, line {n}: no script takes {flag} {value}")
+                elif flag.startswith("--") and flag not in actions:
+                    wrong.append(f"README.md, line {n}: no script has {flag}")
+        self.assertEqual("\n".join(wrong), "")
+
+    def test_quick_commands_run_and_make_what_they_name(self):
+        quick, lines = [], self.text.splitlines()
+        for n, argv in self.commands(self.text, inline=False):
+            comment = lines[n - 1].partition(" #")[2]
+            if re.search(r"\bquick\b", comment):
+                quick.append((n, argv, re.findall(r"[\w./-]+\.(?:png|gif|csv|npz|pt)\b", comment)))
+        self.assertGreater(len(quick), 1, "no command of README.md is marked quick")
+        for path in HERE.glob("*.py"):
+            shutil.copy(path, self.dir)
+        nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **nowhere, "no_proxy": ""}        # nothing can be downloaded
+        for n, argv, files in quick:
+            where = f"README.md, line {n}: {' '.join(argv)}"
+            self.assertEqual([f for f in files if (self.dir / f).exists()], [], where)
+            done = subprocess.run([sys.executable, *argv[1:]], cwd=self.dir, env=env, capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), where)
+            for f in files:
+                self.assertTrue((self.dir / f).is_file(), f"{where} made no {f}")
+                if f.endswith(("png", "gif")):
+                    with Image.open(self.dir / f) as im:
+                        im.load()
+
+    def test_pictures_links_and_names_exist(self):
+        text = re.sub(r"^```.*?^```$", "", self.text, flags=re.M | re.S)
+        links = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
+        headings = [h.strip().lower() for h in re.findall(r"^#+ (.*)$", text, re.M)]
+        anchors = {re.sub(r"[^\w -]", "", h).replace(" ", "-") for h in headings}
+        local = [link for link in links if not re.match(r"\w+:", link)]
+        self.assertEqual([v for v in local if v[0] == "#" and v[1:] not in anchors], [])
+        files = {v.partition("#")[0] for v in local if v[0] != "#"}
+        self.assertEqual([f for f in sorted(files) if not (HERE / f).exists()], [])
+        pictures = {f for f in files if re.search(r"\.(png|gif|jpe?g|svg)$", f)}
+        for f in pictures:
+            with Image.open(HERE / f) as im:
+                im.load()
+                self.assertIn(im.format, ("PNG", "GIF"), f)
+        self.assertEqual({f"assets/{p.name}" for p in (HERE / "assets").iterdir()} - pictures, set(), "never shown")
+        tests = {name for kind in globals().values() if isinstance(kind, type) for name in dir(kind)}
+        named = set(re.findall(r"\btest_\w+", text)) - {"test_all"}
+        self.assertEqual(named - tests, set())
+
+    def test_lines_and_tests_are_counted_rightly(self):
+        found, at = {}, None
+        for line in self.text.splitlines():
+            cells = [c.strip() for c in line.strip("| ").split("|")] if line.startswith("|") else []
+            if at is None or not cells:
+                at = cells.index("lines") if "lines" in cells else None
+            elif (m := re.match(r"\[(\w+\.py)\]", cells[0])) and len(cells) > at and cells[at]:
+                found[m[1]] = int(cells[at].replace(",", ""))
+        self.assertEqual(found, {name: (HERE / name).read_text().count("\n") for name in found})
+        total = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]).countTestCases()
+        claims = {int(v.replace(",", "")) for v in re.findall(r"\b(\d[\d,]*) tests\b", self.text)}
+        self.assertEqual(claims - {total}, set())
+
+    def copied(self, code, net):
+        """Images drawn and losses, two lists, of copied code in which every UNet is net(x, noise, label, its names)."""
+        class Net(nn.Module):
+            def __init__(self, *args, **kwargs):
+                super().__init__()
+                self.fixed = common.UNet(*args, **kwargs)                  # the arguments must do
+
+            def forward(self, x, noise, label=None):
+                assert noise.shape == x.shape[:1]
+                return net(x, noise, label, names)
+        names, drawn = {}, {"x": [], "l": []}
+        tree = ast.parse(code)
+        for node in tree.body:
+            exec(compile(ast.Module([node], []), "README.md", "exec"), names)
+            if isinstance(node, ast.ImportFrom) and "UNet" in names:
+                names["UNet"] = Net
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in drawn:
+                drawn[node.targets[0].id].append(names[node.targets[0].id])
+        return drawn["x"], drawn["l"]
+
+    def test_copied_code_learns_and_draws(self):
+        """With the exact network of independent pixels N(m, s^2): drawn images have their mean and deviation; and with
+        that of the images given, uniform noise, the loss is less than half of that of a silent network."""
+        def exact(m, s):
+            def net(x, noise, label, names):                               # z expected from x, whatever the script
+                if "ncsn" in code:                                         # images in [0, 1]
+                    return gaussian((m + 1) / 2, s / 2)(x, noise)
+                sigma = noise.exp() if "sde" in code else ((1 - names["abar"]) / names["abar"]).sqrt()[noise.long()]
+                sigma = sigma.float().view(-1, 1, 1, 1)
+                y = x * (1 + sigma ** 2).sqrt()
+                return sigma * (y - m) / (s ** 2 + sigma ** 2)
+            return net
+        m, s = 0.1, 0.4
+        for n, code in self.blocks(self.text, "python"):
+            torch.manual_seed(0)
+            drawn, _ = self.copied(code, exact(m, s))
+            losses = []
+            for net in (exact(0.0, 3 ** -0.5), lambda x, *_: 0 * x):
+                torch.manual_seed(1)
+                losses.append(self.copied(code, net)[1])
+            where = f"README.md, the code from line {n}"
+            if "UNet" in code:
+                self.assertGreater(len(drawn) * len(losses[0]), 0, f"{where} assigns nothing to x, or to l")
+            for x in drawn:
+                self.assertEqual(x.shape[1:], (1, 28, 28), where)
+                x = 2 * x - 1 if "ncsn" in code else x
+                self.assertLess(abs(x.mean() - m), 0.02, where)
+                self.assertLess(abs(x.std() / s - 1), 0.3, where)     # ten steps of heun: 27 % too large
+            for l, silent in zip(*losses):
+                self.assertLess(l, 0.5 * silent, where)
 
 if __name__ == "__main__":
     result = unittest.main(exit=False).result
