@@ -1232,7 +1232,7 @@ class SDERuns(Case):
         data, out = self.flags()[:2], self.dir / "run"
         self.run_ok(*self.flags("--out", out))
         text = self.run_ok("--sample-only", "--out", out, *data, "--evaluate-bits", 20, "--probes", 3, "--tol", 1e-3)
-        rows = [list(map(float, r)) for r in csv.reader(open(out / "bits.csv"))]
+        rows = [list(map(float, r)) for r in csv.reader((out / "bits.csv").read_text().splitlines())]
         self.assertEqual((len(rows), len(rows[0])), (20, 3))
         mean = float(re.search(r"bits   ([\d.]+) \+- ([\d.]+) \(", text)[1])
         self.near(mean, np.mean(rows), 1e-3)
