@@ -14,7 +14,6 @@ Differs  mean over pixels, not sum; a small U-Net that is told log sigma and see
          rate that decays; images are dequantised in training too; steps are exact transitions; see README
 
     python sde.py --dataset mnist                        # --sde vp; trains, then see runs/sde-mnist/samples.png
-    python sde.py --dataset mnist --sample-only --sampler heun --sample-steps 10   # 19 evaluations of the network
     python sde.py --dataset mnist --sample-only --evaluate-bits 100                # exact bits/dim of the test set
     python sde.py --from runs/ddpm-mnist --strip samplers                          # one DDPM, eight samplers
 """
@@ -364,11 +363,12 @@ def interpolate(run, score, sde, x0, y, tol):
     toy.save_picture(toy.grid(rows, run.low, 11), Path(run.args.out) / "interpolate.png")
 
 def compare(run, draw):
-    """--strip samplers: ten images by each; --strip quality: the rows of OUT/quality.csv as curves."""
+    """--strip samplers: ten images by each; --strip quality: the rows of OUT/quality.csv, as curves."""
     args, rows = run.args, []
     if args.strip == "quality":
         with open(Path(args.out) / "quality.csv", newline="") as f:
-            rows = [(r["sampler"], float(r["evaluations"]), float(r["ratio"])) for r in csv.DictReader(f)]
+            n = (rows := list(csv.DictReader(f)))[-1]["images"]            # ratios at one N, the last row's
+        rows = [(r["sampler"], float(r["evaluations"]), float(r["ratio"])) for r in rows if r["images"] == n]
         return toy.plot(Path(args.out) / "quality.png", {k: sorted(r[1:] for r in rows if r[0] == k) for k in SAMPLERS},
                         "evaluations of the network", "Frechet distance / floor", logx=True, logy=True)
     for name in SAMPLERS:

@@ -1288,7 +1288,7 @@ class SDERuns(Case):
         r = lambda b: torch.stack([torch.stack([u, v]).corrcoef()[0, 1] for u, v in zip(a, b)])
         found = [[float(v) for v in re.findall(r"-?\d\.\d+", line)] for line in lines[1:]]
         self.near(found, [[r(v).mean(), r(v).std()] for v in (b, b.roll(1, 1))], 6e-4)
-        (self.dir / "quality.csv").write_text("sampler,evaluations,ratio\nem,101,5\nheun,35,6.5\nem,51,7\n")
+        (self.dir / "quality.csv").write_text("sampler,evaluations,ratio,images\nem,51,40,5000\nem,101,5,500\nheun,35,6.5,500\nem,51,7,500\n")
         with mock.patch.object(toy, "plot") as plot:
             sde.compare(run, None)
         curves = plot.call_args.args[1]
