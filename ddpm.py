@@ -375,7 +375,7 @@ def weighting():
     """lambda = sigma^p decides where a network with too little room errs; one with more has room for every p."""
     sigma, normal, ps = common.geometric_sigmas(5, 0.05, 10).float(), toy.Mixture([1.0], [[0.0]], 0.5), (0, 1, 2, 3, 4)
     nets = {f"p = {p}": toy.fit(toy.Net(), lambda net: ncsn.loss(net, toy.MIX(512), sigma, power=p), 1000) for p in ps}
-    small = lambda w: lambda x, log_sigma: -w * log_sigma.exp().view(-1, 1, 1, 1) * x          # s = -w x at all levels
+    small = lambda w: lambda x, log_sigma, label: -w * log_sigma.exp().view(-1, 1, 1, 1) * x   # s = -w x, all levels
     best = lambda _, p: ncsn.least(lambda w: ncsn.loss(small(w), normal(4000), sigma, power=p))
     exact = lambda _, p: (sigma ** p).sum() / (sigma ** p * (normal.v + sigma ** 2)).sum()
     return toy.join(misses(nets, toy.MIX, sigma.tolist()),

@@ -262,7 +262,7 @@ def matching():
         pairs.append(((toy.score(net)(noisy, 0.5) - best).square().mean() / 8, loss(net, x, sigma)))
     a, b = torch.tensor(pairs).T
     constant = 0.5 - best.square().mean().item() / 8                       # E|z|^2 / 2d - E|sigma s|^2 / 2d
-    slopes = least(lambda c: loss(lambda *at: c * exact(*at), x, sigma, objective="ssm"))
+    slopes = least(lambda c: loss(lambda *at: c * exact(*at), x, sigma, objective="ssm").item())
     marks = [("line", "slope 1", [(0, constant), (max(a), constant + max(a))]), ("dots", "networks", pairs)]
     return [{"xlabel": "distance from the exact score", "ylabel": "denoising loss", "marks": marks}], [
         *rows, toy.row("denoising loss less distance, 12 networks (Vincent 2011)", b - a, constant),
@@ -293,7 +293,7 @@ def levels():
         return (torch.randn(2000, d).norm(dim=1) - gamma * d ** 0.5).abs() < 3 * gamma / 2 ** 0.5
     return toy.join(
         share("sigma_1 of ten levels, T = 100", (1, 2, 5, 10, 20, 50), lambda sigma_1: ladder(sigma_1, 10, 100)),
-        share("L, T = 1000 / L", (1, 2, 5, 10, 20, 50, 100), lambda L: ladder(10, L, 1000 // L)),
+        share("L, T = 1000 / L", (2, 3, 5, 10, 20, 50, 100), lambda L: ladder(10, L, 1000 // L)),
         toy.sweep("gamma", "overlap", (1.0, 1.02, 1.05, 1.1, 1.2, 1.5), {f"d = {d}": d for d in (100, 784, 3072)},
                   inside, lambda d, gamma: overlap(gamma, d)))
 
