@@ -281,10 +281,10 @@ def share(label, xs, f):
 def steps():
     """Ten levels: how the step falls with sigma, how long it is, how many there are, and where; exact score."""
     at = lambda r=0.1, p=2, T=20, k=0: [(s, r * s ** p, T + k * (1 - i / 4.5)) for i, s in enumerate(toy.LADDER)]
-    return toy.join(share("p of a = 0.1 sigma^p", (0, 1, 1.5, 2, 2.5, 3), lambda p: at(p=p)),
-                    share("r of a = r sigma^2", (0.003, 0.01, 0.03, 0.1, 0.3, 1), at),
-                    share("T at r = 0.1", (1, 2, 5, 10, 20, 50, 100), lambda T: at(T=T)),
-                    share("T = 10 + k ... 10 - k", (-8, -4, 0, 4, 8), lambda k: at(T=10, k=k)))
+    return toy.join(share("a = 0.1 sigma^p, p", (0, 1, 1.5, 2, 2.5, 3), lambda p: at(p=p)),
+                    share("a = r sigma^2, r", (0.003, 0.01, 0.03, 0.1, 0.3, 1), at),
+                    share("r = 0.1, T", (1, 2, 5, 10, 20, 50, 100), lambda T: at(T=T)),
+                    share("T = 10 + k ... 10 - k, k", (-8, -4, 0, 4, 8), lambda k: at(T=10, k=k)))
 
 def levels():
     """From which sigma the levels must begin, how many they must be, and how near each other: the rule of NCSNv2."""
@@ -292,8 +292,8 @@ def levels():
     def inside(d, gamma):                                                  # noise within 3 deviations of the next's
         return (torch.randn(2000, d).norm(dim=1) - gamma * d ** 0.5).abs() < 3 * gamma / 2 ** 0.5
     return toy.join(
-        share("sigma_1 of ten levels, T = 100", (1, 2, 5, 10, 20, 50), lambda sigma_1: ladder(sigma_1, 10, 100)),
-        share("L, T = 1000 / L", (2, 3, 5, 10, 20, 50, 100), lambda L: ladder(10, L, 1000 // L)),
+        share("L = 10, T = 100, sigma_1", (1, 2, 5, 10, 20, 50), lambda sigma_1: ladder(sigma_1, 10, 100)),
+        share("T = 1000 / L, L", (2, 3, 5, 10, 20, 50, 100), lambda L: ladder(10, L, 1000 // L)),
         toy.sweep("gamma", "overlap", (1.0, 1.02, 1.05, 1.1, 1.2, 1.5), {f"d = {d}": d for d in (100, 784, 3072)},
                   inside, lambda d, gamma: overlap(gamma, d)))
 
@@ -311,9 +311,9 @@ def projections():
             "axes": (lambda M: 6 ** 0.5 * torch.eye(6)[:M, None], 0)}
     mean = lambda way, M: trace if way[1] else 6 * H.diagonal()[:M].mean()
     draw = lambda way, M: sliced(data.score, x, way[0](M)).mean(0).detach()
+    square = lambda way, M: (draw(way, M) - mean(way, M)) ** 2
     return toy.join(toy.sweep("M", "mean", (1, 2, 4), ways, draw, mean), toy.sweep(
-        "M", "variance", (1, 2, 4), ways, lambda way, M: (draw(way, M) - mean(way, M)) ** 2, lambda way, M: way[1] / M,
-        logx=True, logy=True))
+        "M", "variance", (1, 2, 4), ways, square, lambda way, M: way[1] / M))
 
 def too_many_steps():
     """More steps make samples worse where r is large: each level drifts to a variance 1 / (1 - r/2) times too large."""

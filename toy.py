@@ -184,7 +184,7 @@ def panel(marks, xlabel="", ylabel="", title="", logx=False, logy=False, box=Non
               ok(q[0], logx) and ok(q[1], logy)]) for kind, label, p in marks]
     points = [q for kind, _, p in marks if kind != "heat" for q in p]
     fx, xs = axis(box or [q[0] for q in points], logx, 0 if box else 0.03)
-    fy, ys = axis(box or [q[1] for q in points], logy, 0 if box else 0.03)
+    fy, ys = axis(box or [q[1] + k * sum(q[2:3]) for q in points for k in (logy - 1, 1)], logy, 0 if box else 0.03)
     left = 44 + round(max((small.getlength(f"{v:g}") for v in ys), default=0))
     right, top, bottom, k, color = W - 40, 80, H - (120 if xlabel else 70), 0, COLORS[0]
     high = [fx(q[0]) for q in points if fy(q[1]) > 0.6]                  # the legend goes where there are fewer
