@@ -1950,6 +1950,10 @@ class Laboratory(Case):
         with mock.patch.object(toy, "uniform", lambda n: toy_uniform(500)):
             rows = {r[0].split(", data, ")[1]: r for r in ncsn.steps()[1]}
         self.near([rows["r = 0.1, T = 50"][1], rows["a = r sigma^2, r = 0.3"][1]], 0.8, 0.08)        # 4 standard errors
+        calls = []
+        with mock.patch.object(toy, "anneal", lambda net, x, *way, **_: calls.append(way) or x):
+            ncsn.share("v", (1.0,), lambda v: [(2.0, v, 2.6)])
+        self.assertEqual(calls, [([2.0], 0.25, 3)])                        # r = a / sigma^2
         self.near(rows["a = 0.1 sigma^p, p = 0"][1], 0.5, 0.12)          # too small where sigma is large
         self.assertLess(abs(rows["a = r sigma^2, r = 0.003"][1] - 0.5), 0.2)
 
