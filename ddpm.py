@@ -355,17 +355,31 @@ def strip(run, abar, table, draw):
     toy.save_picture(toy.grid(torch.cat(rows), run.low, cols), path := Path(args.out) / f"{args.strip}.png")
     run.print(f"saved  {path}")
 
-def diffusion():
-    """The same data by annealed Langevin dynamics, by DDPM and by the ODE: as near to data as other data are."""
-    panels, rows, n, abar = [], [], 8000, schedule("cosine", 200)
-    for data, box in ((toy.cut, 4), (toy.heart, 1.5)):
-        net, x = toy.trained(data, T=200), torch.randn(n, 2, 1, 1)
-        samples = {"NCSN": toy.anneal(toy.trained(data), 5 * x, common.geometric_sigmas(5, 0.01, 100).tolist(), 0.1, 4),
-                   "DDPM": sample(as_eps(net, abar), x, abar),             # and the ODE with the network of DDPM:
-                   "ODE": toy.heun(toy.score(net), 40 * x, common.karras_sigmas(30, 0.02, 40.0).tolist())}
-        rows += toy.compare({f"{data.__name__}, {name}": x for name, x in samples.items()}, data)
-        panels += [toy.cloud(f"{data.__name__}, {name}", x, box) for name, x in samples.items()]
-    return panels, rows
+def misses(nets, data, levels):
+    """sweep() of the error of {label: network} at noise levels sigma, E|sigma (s - exact)|^2 / d."""
+    def error(net, sigma):
+        x = data(4000) + sigma * torch.randn_like(data(4000))
+        return sigma ** 2 * (toy.score(net)(x, sigma) - data.score(x, sigma)).square().mean((1, 2, 3))
+    return toy.sweep("sigma", "error", levels, nets, error, math.nan, logx=True, logy=True)
+
+def conditioning():
+    """How a network is told its noise: one number, sigma, its logarithm, the step t, or sines of the logarithm."""
+    turn = lambda u: u[:, None].exp().atan() * 2 / math.pi                 # t / T of the cosine schedule, eq. (17)
+    ways = {"sigma": lambda u: u[:, None].exp(), "log sigma": lambda u: u[:, None], "t / T": turn,
+            "t": lambda u: 1000 * turn(u), "Fourier features": toy.fourier}
+    sigma = common.geometric_sigmas(50, 0.01, 100).float()
+    nets = {k: toy.fit(toy.Net(told=f), lambda net: ncsn.loss(net, toy.MIX(512), sigma), 1000) for k, f in ways.items()}
+    return toy.join(misses(nets, toy.MIX, sigma[::9].tolist()))
+
+def weighting():
+    """lambda = sigma^p decides where a network with too little room errs; one with more has room for every p."""
+    sigma, normal, ps = common.geometric_sigmas(5, 0.05, 10).float(), toy.Mixture([1.0], [[0.0]], 0.5), (0, 1, 2, 3, 4)
+    nets = {f"p = {p}": toy.fit(toy.Net(), lambda net: ncsn.loss(net, toy.MIX(512), sigma, power=p), 1000) for p in ps}
+    small = lambda w: lambda x, log_sigma, label: -w * log_sigma.exp().view(-1, 1, 1, 1) * x   # s = -w x, all levels
+    best = lambda _, p: ncsn.least(lambda w: ncsn.loss(small(w), normal(4000), sigma, power=p))
+    exact = lambda _, p: (sigma ** p).sum() / (sigma ** p * (normal.v + sigma ** 2)).sum()
+    return toy.join(misses(nets, toy.MIX, sigma.tolist()),
+                    toy.sweep("p", "best w of s = -w x", ps, {"exact": 0}, best, exact))
 
 def main():
     p = common.arguments(__doc__)

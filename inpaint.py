@@ -258,6 +258,46 @@ def report_exact():
         text = "   ".join(f"{mean:.3f} {cov:.3f}" for mean, cov, _ in rows)
         print(f"{name:30s}{rows[0][2]:6d} evaluations   {text}", flush=True)
 
+def given():
+    """x_2 given x_1 = 0.1: to put a noisy x_1 into every step is far off; to go back and forth in each, nearer."""
+    p, op, sigma = toy.MIX, masked(toy.image([[1.0, 0.0]])), levels("repaint", 0.02, 20.0, 100)
+    D, b = lambda x, s: x + s ** 2 * p.score(x, s), toy.image([[0.1, 0.0]]).expand(4000, -1, -1, -1)
+    draws = {U: repaint(D, b, op, 20 * torch.randn(4000, 2, 1, 1), sigma, U)[:, 1].flatten() for U in (1, 3, 10, 20)}
+    w = toy.Mixture(p.w, p.m[:, :1, 0, 0]).parts(b[:1, :1])[0].softmax(1)[0]                   # of the modes, given x_1
+    exact = toy.Mixture(w, p.m[:, 1:, 0, 0])
+    pdf = lambda x: exact.log_density(toy.image(x[:, None])).exp()
+    upper = (w * torch.special.ndtr(exact.m.flatten() / exact.v ** 0.5)).sum()
+    show = lambda U: (toy.density(f"x_2, each step {U} time{'s'[:U - 1]}", draws[U], pdf, -2.5, 2.5), [])
+    return toy.join(show(1), show(20), toy.sweep(
+        "times", "P(x_2 > 0)", draws, {"exact": draws}, lambda draws, U: (draws[U] > 0).double(), upper))
+
+@torch.no_grad()
+def mala(log_density, score, x, a, T):
+    """(x, share accepted (B,)) after T Metropolis-adjusted Langevin steps (Roberts & Tweedie 1996) from x (B, C, H, W):
+    y = x + a s + sqrt(2a) z is taken with probability p(y) q(x | y) / (p(x) q(y | x)): p is exact, whatever a."""
+    log_q = lambda y, x: -(y - x - a * score(x)).square().sum((1, 2, 3)) / (4 * a)             # of the step to y from x
+    accepted = 0
+    for _ in range(T):
+        y = x + a * score(x) + math.sqrt(2 * a) * torch.randn_like(x)
+        ratio = log_density(y) + log_q(x, y) - log_density(x) - log_q(y, x)
+        take = torch.rand(len(x), device=x.device).log() < ratio           # (B,)
+        x, accepted = torch.where(take.view(-1, 1, 1, 1), y, x), accepted + take / T
+    return x, accepted
+
+def metropolis():
+    """Metropolis' test takes away the error of the step; where modes are far apart only labels help."""
+    p, start, label = toy.MIX, torch.full((4000, 2, 1, 1), -1.0), toy.MIX.w.multinomial(4000, replacement=True)
+    square = lambda x: (x - p.m[1 - toy.right(x).long()]) ** 2             # of the distance from the mode
+    plain = lambda r: toy.anneal(p.net, p(4000), [1e-3], 0.1 * r / 1e-6, 200, denoise=False)
+    tested = {r: mala(p.log_density, p.score, p(4000), 0.1 * r, 200) for r in (0.05, 0.1, 0.3, 0.6, 0.9, 1.2, 1.5)}
+    walk = lambda label: toy.right(toy.anneal(p.net, start, [0.01], 500, 400, label=label))    # a = 0.05
+    panels, rows = toy.join(
+        toy.sweep("r", "variance in a mode", tested, {"Langevin": 0.5, "MALA": 0}, lambda k, r: square(
+            plain(r) if k else tested[r][0]), lambda k, r: 0.1 / (1 - k * r)),
+        toy.sweep("r", "accepted", tested, {"MALA": tested}, lambda tested, r: tested[r][1], math.nan))
+    return panels, [*rows, toy.row("share at (1, 1), started at (-1, -1)", walk(None), 0.2),
+                    toy.row("share at (1, 1), with the score of a label drawn for each", walk(label), 0.2)]
+
 # -------------------------------------------------------------------------------------------- from flags to files
 def tint(images, seed=0):
     """Grey uint8 images (N, 1, H, W) in a random hue each, (N, 3, H, W). The mean of the channels is half of the grey:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
+import ddpm
 import toy
 from common import Run, UNet, geometric_sigmas, require
 
@@ -171,14 +172,16 @@ def settled(r, T, v=1.0):
     end = 1 / (1 - r / 2)
     return end + (1 - r) ** (2 * T) * (v - end)
 
+def sliced(score, x, v):
+    """v^T (grad s) v + (v^T s)^2 / 2 at points x (B, d, 1, 1) along directions v (M, B, d) or (M, 1, d): (M, B)."""
+    vs = (v * score(x := x.requires_grad_()).flatten(1)).sum(2)
+    grad = torch.stack([torch.autograd.grad(row.sum(), x, create_graph=True)[0].flatten(1) for row in vs])
+    return (v * grad).sum(2) + vs.square() / 2
+
 def explicit(net, x, sigma):
-    """sigma^2 E[tr grad s + |s|^2 / 2] / d at one level sigma (1,), with the exact trace (Hyvarinen 2005): what the
-    sliced losses estimate, at the cost of d back-propagations."""
-    x_tilde = (x + sigma * torch.randn_like(x)).requires_grad_()
-    s = score(net, x_tilde, sigma.expand(len(x))).flatten(1)
-    trace = sum(torch.autograd.grad(s[:, i].sum(), x_tilde, create_graph=True)[0].flatten(1)[:, i]
-                for i in range(s.shape[1]))
-    return sigma.item() ** 2 * (trace + s.square().sum(1) / 2).mean() / s.shape[1]
+    """sigma^2 E[tr grad s + |s|^2 / 2] / d at one level sigma (1,), slice by slice along all axes (Hyvarinen 2005)."""
+    s, axes = lambda x: score(net, x, sigma.expand(len(x))), torch.eye(x[0].numel())[:, None]
+    return sigma.item() ** 2 * sliced(s, x + sigma * torch.randn_like(x), axes).mean()
 
 def cost(net, loss):
     """(MiB that loss(net) keeps to back-propagate, variance of its gradient in 20 calls, summed over the weights)."""
@@ -188,23 +191,15 @@ def cost(net, loss):
     calls = [torch.autograd.grad(l if k == 0 else loss(net), list(net.parameters())) for k in range(20)]
     return sum(kept.values()) / 2 ** 20, sum(torch.stack(g).var(0).sum().item() for g in zip(*calls))
 
-@torch.no_grad()
-def mala(log_density, score, x, a, T):
-    """(x, share accepted (B,)) after T Metropolis-adjusted Langevin steps (Roberts & Tweedie 1996) from x (B, C, H, W):
-    y = x + a s + sqrt(2a) z is taken with probability p(y) q(x | y) / (p(x) q(y | x)): p is exact, whatever a."""
-    log_q = lambda y, x: -(y - x - a * score(x)).square().sum((1, 2, 3)) / (4 * a)             # of the step to y from x
-    accepted = 0
-    for _ in range(T):
-        y = x + a * score(x) + math.sqrt(2 * a) * torch.randn_like(x)
-        ratio = log_density(y) + log_q(x, y) - log_density(x) - log_q(y, x)
-        take = torch.rand(len(x), device=x.device).log() < ratio           # (B,)
-        x, accepted = torch.where(take.view(-1, 1, 1, 1), y, x), accepted + take / T
-    return x, accepted
-
 def energy(x, y):
     """2 E|x - y| - E|x - x'| - E|y - y'| of points, without bias: 0 on average if their distributions are equal."""
     total = lambda a, b: torch.cdist(a.flatten(1), b.flatten(1)).sum().item() / len(a)
     return 2 * total(x, y) / len(y) - total(x, x) / (len(x) - 1) - total(y, y) / (len(y) - 1)
+
+def least(f):
+    """The c with the least f(c), for 20 seeds: the lowest point of the parabola through f(-1), f(0) and f(1)."""
+    rows = torch.tensor([[f(c) for c in (-1, 0, 1) if torch.manual_seed(seed)] for seed in range(20)])
+    return (rows[:, 0] - rows[:, 2]) / 2 / (rows[:, 0] + rows[:, 2] - 2 * rows[:, 1])
 
 def langevin():
     """Langevin dynamics draws the density, but steps of size r inflate variances by 1 / (1 - r/2), above 2 forever."""
@@ -212,12 +207,10 @@ def langevin():
     x = toy.anneal(toy.MIX.net, torch.randn(10_000, 2, 1, 1), [0.6], 0.06, 1000, denoise=False)[:, 0].flatten()
     def squares(r, T):
         return (toy.anneal(normal.net, 2 + torch.randn(10_000, 1, 1, 1), [0.1], 100 * r, T, denoise=False) - 2) ** 2
-    one, rows = toy.sweep("r", "variance after 100 steps", [k / 10 for k in (1, 3, 5, 7, 9, 11, 13, 15, 17, 18, 19)], {
-        "1 / (1 - r/2)": (lambda r: squares(r, 100), lambda r: 1 / (1 - r / 2))}, logy=True)
-    two, more = toy.sweep("T", "variance after T steps", (1, 2, 5, 10, 20, 40), {f"r = {r}": (
-        lambda T, r=r: squares(r, T), lambda T, r=r: settled(r, T)) for r in (1.9, 2.1)}, logx=True, logy=True)
-    return [toy.density("x_1", x, lambda x: marginal.log_density(toy.image(x[:, None]), 0.6).exp(), -4, 3), one, two], [
-        *rows, *more, toy.row("mean of x_1", x, -0.6)]
+    pdf = lambda x: marginal.log_density(toy.image(x[:, None]), 0.6).exp()
+    return toy.join((toy.density("x_1", x, pdf, -4, 3), [toy.row("mean of x_1", x, -0.6)]), toy.sweep(
+        "r", "variance after 40 steps", (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.7, 1.9, 2.05, 2.1), {"exact": 40},
+        lambda T, r: squares(r, T), lambda T, r: settled(r, T), logy=True))
 
 def annealed():
     """Plain Langevin dynamics gets the weights of far modes wrong; annealed, as many steps, right; exact score."""
@@ -227,8 +220,8 @@ def annealed():
     paths = torch.stack(paths[:-1]).flatten(2)                             # (1000, 16, 2)
     length = (paths[1:] - paths[:-1]).norm(dim=2)                          # of steps; variance 2a / (1 - r/2) in a mode
     exact = [(math.pi * 0.2 * s ** 2 / (1 - 0.1 * s ** 2 / (1 + s ** 2))) ** 0.5 for s in toy.LADDER]
-    calm, rows = toy.sweep("level", "length of a step", range(10), {"exact in a mode": (
-        lambda i: length[100 * i:100 * i + 99], lambda i: exact[i])}, logy=True)
+    calm, rows = toy.sweep("level", "length of a step", range(10), {"exact in a mode": exact},
+                           lambda _, i: length[100 * i:100 * i + 99], lambda exact, i: exact[i], logy=True)
     lines = [("line", f"sigma {toy.LADDER[i]:.2g}", paths[100 * i:100 * i + 100, 0]) for i in range(0, 10, 3)]
     return [toy.cloud("Langevin dynamics", plain, 10), toy.cloud("annealed Langevin dynamics", x, 10),
             {"title": "one annealed path", "marks": lines, "box": (-25, 25)}, calm], [
@@ -249,50 +242,78 @@ def scores():
 
 def matching():
     """Score matching by the exact trace, denoising, sliced: one network, one noise level, 200 steps of 64 points."""
-    sigma, rows, pairs, slopes = torch.tensor([0.5]), [], [], []
-    sliced = lambda net, x: loss(net, x, sigma, objective="ssm").item()
+    sigma, rows, pairs = torch.tensor([0.5]), [], []
     for d in (2, 10, 100):
         data = toy.Mixture(m=[[1.0] * d, [-1.0] * d])
         x = data(4000) + sigma * torch.randn(4000, d, 1, 1)
         for objective in ("explicit", "dsm", "ssm", "ssm-vr"):
             torch.manual_seed(0)
-            draw = lambda net: explicit(net, data(64), sigma) if objective == "explicit" else \
-                loss(net, data(64), sigma, objective=objective)
+            l = explicit if objective == "explicit" else functools.partial(loss, objective=objective)
+            draw = lambda net: l(net, data(64), sigma)
             memory, variance = cost(net := toy.Net(d), draw)
             start = time.process_time()
             s, ms = toy.score(toy.fit(net, draw, 200))(x, 0.5), (time.process_time() - start) / 0.2
             rows.append(toy.agree(f"d = {d}, {objective}: {ms:.1f} ms, {memory:.1f} MiB, gradient variance "
                                   f"{variance:.2g}", s, data.score(x, 0.5)))
     x, other, exact = toy.MIX(50_000), toy.Net().requires_grad_(False), toy.MIX.net
-    noisy = x + sigma * torch.randn_like(x)
-    best = toy.MIX.score(noisy, 0.5)
+    best = toy.MIX.score(noisy := x + sigma * torch.randn_like(x), 0.5)
     for k in range(12):                                                    # networks from far to near and beyond
         net = lambda *at: k / 8 * exact(*at) + (1 - k / 8) * other(*at)
-        pairs.append(((toy.score(net)(noisy, 0.5) - best).square().mean().item() / 8, loss(net, x, sigma).item()))
+        pairs.append(((toy.score(net)(noisy, 0.5) - best).square().mean() / 8, loss(net, x, sigma)))
     a, b = torch.tensor(pairs).T
     constant = 0.5 - best.square().mean().item() / 8                       # E|z|^2 / 2d - E|sigma s|^2 / 2d
-    for seed in range(20):                                                 # which c has the least loss of c s, s exact?
-        plus, minus = (sliced(lambda *at: sign * exact(*at), x) for sign in (1, -1) if torch.manual_seed(seed))
-        slopes.append((minus - plus) / 2 / (plus + minus))
+    slopes = least(lambda c: loss(lambda *at: c * exact(*at), x, sigma, objective="ssm").item())
     marks = [("line", "slope 1", [(0, constant), (max(a), constant + max(a))]), ("dots", "networks", pairs)]
     return [{"xlabel": "distance from the exact score", "ylabel": "denoising loss", "marks": marks}], [
         *rows, toy.row("denoising loss less distance, 12 networks (Vincent 2011)", b - a, constant),
         toy.agree("denoising loss less that, on distance", b - constant, a),
         toy.row("ssm: the multiple of the exact score with the least loss", slopes, 1)]
 
+def share(label, xs, f):
+    """sweep() of the share of the upper right mode, exact score, after Langevin steps on f(v): [(sigma, a, T), ...]."""
+    def ends(f, v):
+        x = toy.uniform(2000)
+        for sigma, a, T in f(v):
+            x = toy.anneal(toy.MODES.net, x, [sigma], a / sigma ** 2, round(T), denoise=False)
+        return toy.right(x)
+    return toy.sweep(label, "share at (5, 5)", xs, {"data": f}, ends, 0.8, logx=xs[-1] > 20 * xs[0] > 0)
+
 def steps():
     """Ten levels: how the step falls with sigma, how long it is, how many there are, and where; exact score."""
-    def share(p=2, r=0.1, T=20, tilt=0):
-        x = toy.uniform(2000)
-        for i, s in enumerate(toy.LADDER):                                 # a = r sigma^p; T + tilt ... T - tilt steps
-            x = toy.anneal(toy.MODES.net, x, [s], r * s ** (p - 2), round(T + tilt * (1 - i / 4.5)), denoise=False)
-        return toy.right(x)
-    one = lambda x, xs, f, **log: toy.sweep(x, "share at (5, 5)", xs, {"data": (f, lambda v: 0.8)}, **log)
-    panels, rows = zip(one("p of a = 0.1 sigma^p", (0, 1, 1.5, 2, 2.5, 3), lambda p: share(p)),
-                       one("r of a = r sigma^2", (0.003, 0.01, 0.03, 0.1, 0.3, 1), lambda r: share(r=r), logx=True),
-                       one("T at r = 0.1", (1, 2, 5, 10, 20, 50, 100), lambda T: share(T=T), logx=True),
-                       one("T = 10 + tilt ... 10 - tilt", (-8, -4, 0, 4, 8), lambda k: share(T=10, tilt=k)))
-    return list(panels), sum(rows, [])
+    at = lambda r=0.1, p=2, T=20, k=0: [(s, r * s ** p, T + k * (1 - i / 4.5)) for i, s in enumerate(toy.LADDER)]
+    return toy.join(share("a = 0.1 sigma^p, p", (0, 1, 1.5, 2, 2.5, 3), lambda p: at(p=p)),
+                    share("a = r sigma^2, r", (0.003, 0.01, 0.03, 0.1, 0.3, 1), at),
+                    share("r = 0.1, T", (1, 2, 5, 10, 20, 50, 100), lambda T: at(T=T)),
+                    share("T = 10 + k ... 10 - k, k", (-8, -4, 0, 4, 8), lambda k: at(T=10, k=k)))
+
+def levels():
+    """From which sigma the levels must begin, how many they must be, and how near each other: the rule of NCSNv2."""
+    ladder = lambda sigma_1, L, T: [(s, 0.1 * s ** 2, T) for s in geometric_sigmas(sigma_1, 0.1, L).tolist()]
+    def inside(d, gamma):                                                  # noise within 3 deviations of the next's
+        return (torch.randn(2000, d).norm(dim=1) - gamma * d ** 0.5).abs() < 3 * gamma / 2 ** 0.5
+    return toy.join(
+        share("L = 10, T = 100, sigma_1", (1, 2, 5, 10, 20, 50), lambda sigma_1: ladder(sigma_1, 10, 100)),
+        share("T = 1000 / L, L", (2, 3, 5, 10, 20, 50, 100), lambda L: ladder(10, L, 1000 // L)),
+        toy.sweep("gamma", "overlap", (1.0, 1.02, 1.05, 1.1, 1.2, 1.5), {f"d = {d}": d for d in (100, 784, 3072)},
+                  inside, lambda d, gamma: overlap(gamma, d)))
+
+def projections():
+    """Sliced score matching: directions v with E v v^T = I are unbiased, signs and the sphere vary least; axes fail."""
+    data = toy.Mixture((0.3, 0.7), torch.linspace(0.1, 0.6, 6) * torch.tensor([[1], [-1]]), 0.5)
+    x, normal = toy.image(torch.full((20_000, 6), 0.1)), lambda M: torch.randn(M, 20_000, 6)
+    s, J = data.score(x[:1]).flatten(), torch.func.jacrev(data.score)(x[:1]).view(6, 6)
+    H = J + s.outer(s) / 2                                                 # v^T J v + (v^T s)^2 / 2 = v^T H v
+    trace, total, own = H.trace(), H.square().sum(), H.diagonal().square().sum()
+    ways = {"normal": (normal, 2 * total),                                 # M directions, and the variance of v^T H v
+            "signs": (lambda M: normal(M).sign(), 2 * total - 2 * own),
+            "uniform": (lambda M: 12 ** 0.5 * (torch.rand(M, 20_000, 6) - 0.5), 2 * total - 1.2 * own),
+            "sphere": (lambda M: 6 ** 0.5 * toy.F.normalize(normal(M), dim=2), 1.5 * total - trace ** 2 / 4),
+            "axes": (lambda M: 6 ** 0.5 * torch.eye(6)[:M, None], 0)}
+    mean = lambda way, M: trace if way[1] else 6 * H.diagonal()[:M].mean()
+    draw = lambda way, M: sliced(data.score, x, way[0](M)).mean(0).detach()
+    square = lambda way, M: (draw(way, M) - mean(way, M)) ** 2
+    return toy.join(toy.sweep("M", "mean", (1, 2, 4), ways, draw, mean), toy.sweep(
+        "M", "variance", (1, 2, 4), ways, square, lambda way, M: way[1] / M))
 
 def too_many_steps():
     """More steps make samples worse where r is large: each level drifts to a variance 1 / (1 - r/2) times too large."""
@@ -304,49 +325,32 @@ def too_many_steps():
         for u in [thin.v + s ** 2 for s in ladder]:
             v = u * settled(r * (1 - thin.v / u), T, v / u)
         return v / u
-    ways = {f"r = {r}": (lambda T, r=r: squares(r, T), lambda T, r=r: exact(r, T)) for r in (0.05, 0.2, 1.0, 1.9, 2.5)}
-    panel, rows = toy.sweep("T", "variance / exact", (1, 2, 5, 10, 20, 50), ways, logx=True, logy=True)
+    panel, rows = toy.sweep("T", "variance / exact", (1, 2, 5, 10, 20, 50), {
+        f"r = {r}": r for r in (0.05, 0.2, 1.0, 1.9, 2.5)}, squares, exact, logx=True, logy=True)
     del panel["marks"][-2:]                                                # r = 2.5 would leave no room for the others
     return [panel], rows
 
 def objective():
     """The loss with a random sigma for each point is unbiased; how sigma is drawn decides its variance."""
-    n, R, L, normal, panels, rows = 100, 4000, 10, toy.Mixture([1.0], [[1.0, 1.0]], 0.5), [], []
-    sigma, even = geometric_sigmas(5, 0.1, L).float(), (torch.arange(n) % L).repeat(R)
-    for power in (2, 0):                                                   # half the exact score, whose loss is known
-        v = normal.v + sigma ** 2
-        l = sigma ** power / 2 * (1 / sigma ** 2 - 0.75 / v)               # (L,), the exact loss of each level
-        shared = sigma.outer(sigma) ** power / 4 * (normal.v / 4 / v.outer(v)) ** 2            # covariances of one x
-        ways = {"uniform": (torch.randint(L, (R * n,)), torch.ones(L), 2 * l.square().mean() - l.mean() ** 2),
-                "stratified": (even, torch.ones(L), l.square().mean()),
-                "all levels of a point": (even, torch.ones(L), l.square().mean() + shared.fill_diagonal_(0).sum() / L),
-                "importance": (l.multinomial(R * n, replacement=True), l.mean() / l, l.mean() ** 2)}
-        curves = []
-        for name, (i, weight, variance) in ways.items():
-            x = normal(R * n) if "point" not in name else normal(R * n // L).repeat_interleave(L, 0)
-            z, s = torch.randn_like(x), sigma[i].view(-1, 1, 1, 1)
-            terms = s ** power / 2 * (normal.score(x + s * z, sigma[i]) / 2 + z / s) ** 2       # eqs. (5), (6)
-            values = (weight[i] * terms.mean((1, 2, 3))).view(R, n).mean(1)
-            rows += [toy.row(f"lambda = sigma^{power}, {name}: mean", values, l.mean()),
-                     toy.row(f"lambda = sigma^{power}, {name}: variance", (values - l.mean()) ** 2, variance / n)]
-            counts = torch.histc(values / l.mean(), 30, 0.4, 1.6)
-            curves.append(("line", name, torch.stack([torch.linspace(0.42, 1.58, 30), counts / R / 0.04], 1)))
-        panels.append({"title": f"lambda = sigma^{power}", "xlabel": "estimate / exact loss", "marks": curves})
-    return panels, rows
-
-def metropolis():
-    """Metropolis' test takes away the error of the step; where modes are far apart only labels help."""
-    p, start, label = toy.MIX, torch.full((4000, 2, 1, 1), -1.0), toy.MIX.w.multinomial(4000, replacement=True)
-    square = lambda x: (x - p.m[1 - toy.right(x).long()]) ** 2             # of the distance from the mode
-    plain = lambda r: toy.anneal(p.net, p(4000), [1e-3], 0.1 * r / 1e-6, 200, denoise=False)
-    tested = {r: mala(p.log_density, p.score, p(4000), 0.1 * r, 200) for r in (0.05, 0.1, 0.3, 0.6, 0.9, 1.2, 1.5)}
-    one, rows = toy.sweep("r", "variance in a mode", tested, {
-        "Langevin": (lambda r: square(plain(r)), lambda r: 0.1 / (1 - r / 2)),
-        "MALA": (lambda r: square(tested[r][0]), lambda r: 0.1)})
-    two, more = toy.sweep("r", "accepted", tested, {"MALA": (lambda r: tested[r][1], lambda r: math.nan)})
-    walk = lambda label: toy.right(toy.anneal(p.net, start, [0.01], 500, 400, label=label))    # a = 0.05
-    return [one, two], [*rows, *more, toy.row("share at (1, 1), started at (-1, -1)", walk(None), 0.2),
-                        toy.row("share at (1, 1), with the score of a label drawn for each", walk(label), 0.2)]
+    n, R, L, normal = 100, 4000, 10, toy.Mixture([1.0], [[1.0, 1.0]], 0.5)
+    sigma, powers = geometric_sigmas(5, 0.1, L).float(), (0, 1, 2, 3)
+    v = normal.v + sigma ** 2                                              # half the exact score, whose loss is known:
+    exact = lambda p: sigma ** p / 2 * (1 / sigma ** 2 - 0.75 / v)         # (L,), of each level
+    def draw(way, p):
+        l, i = exact(p), torch.randint(L, (R * n,)) if way == "uniform" else (torch.arange(n) % L).repeat(R)
+        i = l.multinomial(R * n, replacement=True) if way == "importance" else i
+        x = normal(R * n) if "point" not in way else normal(R * n // L).repeat_interleave(L, 0)
+        z, s = torch.randn_like(x), sigma[i].view(-1, 1, 1, 1)
+        terms = s ** p / 2 * (normal.score(x + s * z, sigma[i]) / 2 + z / s) ** 2               # eqs. (5), (6)
+        return (terms.mean((1, 2, 3)) * (l.mean() / l[i] if way == "importance" else 1)).view(R, n).mean(1) / l.mean()
+    def variance(way, p):
+        l, shared = exact(p), sigma.outer(sigma) ** p / 4 * (normal.v / 4 / v.outer(v)) ** 2    # covariances of one x
+        square, mean2 = l.square().mean(), l.mean() ** 2
+        return {"uniform": 2 * square - mean2, "stratified": square, "importance": mean2,
+                "all levels of a point": square + shared.fill_diagonal_(0).sum() / L}[way] / n / mean2
+    ways = {k: k for k in ("uniform", "stratified", "all levels of a point", "importance")}
+    return toy.join(toy.sweep("p", "mean / exact", powers, ways, draw, 1.0), toy.sweep(
+        "p", "variance / mean^2", powers, ways, lambda k, p: (draw(k, p) - 1) ** 2, variance, logy=True))
 
 # ------------------------------------------------------------------------------------------------ from flags to files
 def benchmark(precision, device, batch=16, many=100, rounds=30):

@@ -3,7 +3,6 @@
     python toy.py                # the tour: exact score, learned score, Langevin and annealed Langevin dynamics
     python toy.py EXPERIMENT     # a picture runs/toy/EXPERIMENT.png, and a table of measured numbers beside exact ones
     python toy.py all            # every experiment
-    python toy.py digits         # a sheet of the digits that this project draws itself
 """
 import argparse, functools, gzip, hashlib, http.client, io, itertools, math, os, socket, struct, tarfile, time
 import urllib.request, zlib
@@ -15,7 +14,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 import common
 import ddpm
+import inpaint
 import ncsn
+import sde
 
 # ------------------------------------------------------------------------------------------------- image sets
 FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
@@ -183,7 +184,7 @@ def panel(marks, xlabel="", ylabel="", title="", logx=False, logy=False, box=Non
               ok(q[0], logx) and ok(q[1], logy)]) for kind, label, p in marks]
     points = [q for kind, _, p in marks if kind != "heat" for q in p]
     fx, xs = axis(box or [q[0] for q in points], logx, 0 if box else 0.03)
-    fy, ys = axis(box or [q[1] for q in points], logy, 0 if box else 0.03)
+    fy, ys = axis(box or [q[1] + k * sum(q[2:3]) for q in points for k in (logy - 1, 1)], logy, 0 if box else 0.03)
     left = 44 + round(max((small.getlength(f"{v:g}") for v in ys), default=0))
     right, top, bottom, k, color = W - 40, 80, H - (120 if xlabel else 70), 0, COLORS[0]
     high = [fx(q[0]) for q in points if fy(q[1]) > 0.6]                  # the legend goes where there are fewer
@@ -229,15 +230,13 @@ def figure(path, panels):
         sheet.paste(panel(**options, size=(W, H)), (k % cols * W, k // cols * H))
     save_picture(sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS), path)
 
-def plot(path, curves, xlabel, ylabel, title="", logx=False, logy=False):
+def plot(path, curves, xlabel, ylabel, title="", **log):
     """A line plot {label: [(x, y), ...]} as PNG."""
-    figure(path, [{"marks": [("curve", *c) for c in curves.items()], "xlabel": xlabel, "ylabel": ylabel, "title": title,
-                   "logx": logx, "logy": logy}])
+    marks = [("curve", *c) for c in curves.items()]
+    figure(path, [{"marks": marks, "xlabel": xlabel, "ylabel": ylabel, "title": title, **log}])
 
 # ------------------------------------------------- the laboratory: points are images of d channels, (n, d, 1, 1)
-def image(x):
-    """Points (n, d) as images."""
-    return torch.as_tensor(x)[..., None, None]
+image = lambda x: torch.as_tensor(x)[..., None, None]                      # points (n, d) as images
 
 class Mixture:
     """sum_k w_k N(m_k, v I): a data set whose density and score are known, also at noise sigma: v + sigma^2 for v."""
@@ -245,7 +244,6 @@ class Mixture:
         self.w, self.m, self.v = torch.as_tensor(w), image(m), v           # (K,), (K, d, 1, 1)
 
     def __call__(self, n):
-        """n points."""
         m = self.m[self.w.multinomial(n, replacement=True)]
         return m + self.v ** 0.5 * torch.randn_like(m)
 
@@ -277,17 +275,31 @@ def heart(n):
     x, y = torch.rand(2, 4 * n + 100) * 2.6 - 1.3
     return image(torch.stack([x, y], 1)[(x ** 2 + y ** 2 - 1) ** 3 < x ** 2 * y ** 3][:n])
 
+def swiss_roll(n):
+    """A spiral of one and a half turns, with a little noise."""
+    angle = math.pi * (1.5 + 3 * torch.rand(n, 1))
+    return image(torch.cat([angle.cos(), angle.sin()], 1) * angle / 7 + 0.05 * torch.randn(n, 2))
+
+def checkerboard(n):
+    """Uniform on every other square of a board of 4 x 4."""
+    x = 4 * torch.rand(n) - 2
+    return image(torch.stack([x, torch.rand(n) + 2 * torch.randint(2, (n,)) - 2 + x.floor() % 2], 1))
+
+fourier = lambda u: torch.view_as_real((1j * u[:, None] * torch.tensor([0.25, 0.5, 1, 2])).exp()).flatten(1)
+
 class Net(torch.nn.Module):
-    """net(x, log sigma, label=None): the scripts' U-Net in small."""
-    def __init__(self, d=2, width=128):
+    """net(x, log sigma, label=None): the scripts' U-Net in small; told(log sigma) is what it is told of the noise."""
+    def __init__(self, d=2, width=128, told=fourier):
         super().__init__()
-        layers = [f for k in (d + 8, width, width) for f in (torch.nn.Linear(k, width), torch.nn.SiLU())]
+        sizes, self.told = (d + told(torch.zeros(1)).shape[1], width, width), told
+        layers = [f for k in sizes for f in (torch.nn.Linear(k, width), torch.nn.SiLU())]
         self.layers = torch.nn.Sequential(*layers, torch.nn.Linear(width, d))
 
     def forward(self, x, log_sigma, label=None):
-        angle = log_sigma[:, None] * torch.tensor([0.25, 0.5, 1, 2])
-        h = x.flatten(1) / (1 + (2 * log_sigma).exp()).sqrt()[:, None]
-        return self.layers(torch.cat([h, angle.sin(), angle.cos()], 1)).view_as(x)
+        sigma = log_sigma.exp().view(-1, 1, 1, 1)
+        c = 1 / (1 + sigma ** 2).sqrt()
+        more = self.layers(torch.cat([(c * x).flatten(1), self.told(log_sigma)], 1)).view_as(x)
+        return c * (more - sigma * c * x)              # the exact one of N(0, I), and c times more (EDM, eq. 7)
 
 def fit(net, loss, steps=2000):
     """The network after so many steps of Adam on loss(net), with a learning rate that rises and falls to 0."""
@@ -298,34 +310,20 @@ def fit(net, loss, steps=2000):
         opt.step(), opt.zero_grad(), schedule.step()
     return net.requires_grad_(False)
 
-@functools.cache
-def trained(data, sigma_max=5.0, sigma_min=0.01, L=100, T=None):
-    """The network of ncsn.loss on L levels, or of ddpm.loss on T steps; one for all experiments."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sigma, abar = common.geometric_sigmas(sigma_max, sigma_min, L).float(), ddpm.schedule("cosine", T or 2)
-        return fit(Net(), lambda net: ddpm.loss(ddpm.as_eps(net, abar), data(512), abar) if T else
-                   ncsn.loss(net, data(512), sigma))
+def trained(data, sigma_max, sigma_min, L=100):
+    """The network of ncsn.loss on L levels."""
+    sigma = common.geometric_sigmas(sigma_max, sigma_min, L).float()
+    return fit(Net(), lambda net: ncsn.loss(net, data(512), sigma))
 
-def score(net):
-    """The score of a network as a function of x and a number sigma."""
-    return lambda x, sigma: ncsn.score(net, x, torch.full((len(x),), float(sigma)))
+score = lambda net: lambda x, sigma: ncsn.score(net, x, torch.full((len(x),), float(sigma)))       # sigma: a number
 
 def anneal(net, x, sigma, r, T, **options):
     """ncsn.py's annealed Langevin dynamics with T steps a = r sigma^2 on each of the levels sigma, a list."""
     return ncsn.sample(net, x, sigma := torch.tensor(sigma), 2 * r * sigma[-1] ** 2, [T] * len(sigma), **options)
 
-def heun(score, x, sigma, order=2):
-    """The probability-flow ODE dx = -sigma s dsigma along a list of sigma, by EDM's Algorithm 1; of order 1: Euler."""
-    for a, b in zip(sigma, sigma[1:]):
-        d = -a * score(x, a)
-        y = x + (b - a) * d
-        x = x + (b - a) * (d - b * score(y, b)) / 2 if order == 2 and b > 0 else y
-    return x
-
 def compare(samples, data, n=2000):
-    """Rows with the energy distances of {label: points} to n data, a mean over sets of n; beside it the mean of ten
-    pairs of sets of data, whose deviation stands in place of the standard error."""
+    """Rows with the energy distances of {label: points} to n data, means over sets of n, beside the mean of ten pairs
+    of sets of data, whose deviation stands for the standard error."""
     real = torch.tensor([ncsn.energy(data(n), data(n)) for _ in range(10)])
     mean = lambda x: sum(ncsn.energy(part, data(n)) for part in x.split(n)) * n / len(x)
     return [(f"energy distance, {k}", mean(x), real.std().item(), real.mean().item()) for k, x in samples.items()]
@@ -341,17 +339,23 @@ def agree(label, a, b, exact=1.0):
     error = ((a - slope * b).square().sum() / norm / len(a)).sqrt()
     return f"{label}: distance {((a - b).square().sum() / norm).sqrt():.3f}, slope", slope.item(), error.item(), exact
 
-def sweep(x, y, xs, ways, **options):
-    """A panel and rows of {label: (f, exact)}: dots are the means of f(x), with two standard errors, the line exact."""
-    rows = {k: [row(f"{y}, {k}, {x} = {v:g}", f(v), exact(v)) for v in xs] for k, (f, exact) in ways.items()}
-    marks = [mark for label, part in rows.items() for mark in (
-        ("line", label, [(v, exact) for v, (_, _, _, exact) in zip(xs, part)]),
-        ("dots", "", [(v, mean, 2 * error) for v, (_, mean, error, _) in zip(xs, part)]))]
-    return {"marks": marks, "xlabel": x, "ylabel": y, **options}, sum(rows.values(), [])
+def sweep(x, y, xs, ways, f, exact, **options):
+    """A panel and rows of {label: way}: dots are the means of f(way, x), with two standard errors; the line is exact, a
+    number or exact(way, x), or where nothing is known (nan) joins the dots."""
+    marks, rows = [], []
+    for label, way in ways.items():
+        part = [row(f"{y}, {label}, {x} = {v:g}", f(way, v), exact(way, v) if callable(exact) else exact) for v in xs]
+        line = [(v, mean if math.isnan(known) else known) for v, (_, mean, _, known) in zip(xs, part)]
+        dots = [(v, mean, 2 * error) for v, (_, mean, error, _) in zip(xs, part)]
+        marks, rows = marks + [("line", label, line), ("dots", "", dots)], rows + part
+    return {"marks": marks, "xlabel": x, "ylabel": y, **options}, rows
 
-def right(x):
-    """1 for the points in the upper right half of the plane, else 0."""
-    return (x.sum((1, 2, 3)) > 0).double()
+def join(*parts):
+    """The panels and all rows of several sweeps."""
+    panels, rows = zip(*parts)
+    return list(panels), sum(rows, [])
+
+right = lambda x: (x.sum((1, 2, 3)) > 0).double()                          # 1 in the upper right half of the plane
 
 def density(title, x, exact, low, high):
     """A panel of the histogram of numbers x, with two standard errors, and of the exact density."""
@@ -386,8 +390,8 @@ def tour():
     shade = lambda x: (12 * MODES.log_density(x, 1.0).exp()) ** 0.5
     return [field("exact score, sigma = 1", exact, 8, shade), field("learned", lambda x: score(net)(x, 1.0), 8, shade),
             cloud("Langevin dynamics", plain, 8), cloud("annealed Langevin dynamics", annealed, 8)], [
-            agree("learned score on exact", score(net)(x, 1.0), exact(x)), row("share at (5, 5), data", right(x), 0.8),
-            row("share at (5, 5), Langevin", right(plain), 0.8), row("share at (5, 5), annealed", right(annealed), 0.8)]
+            agree("learned score on exact", score(net)(x, 1.0), exact(x)), *(row(f"share at (5, 5), {k}", right(y), 0.8)
+            for k, y in (("data", x), ("Langevin", plain), ("annealed", annealed)))]
 
 def noise():
     """Denoising other noise learns the score of the density which that noise makes; uniform noise has none to learn."""
@@ -402,81 +406,77 @@ def noise():
             k = kind.log_prob((y.view(-1, 1) - at.view(1, -1)) / b).exp() * data.log_density(at).exp()
             return (k @ data.score(at).view(-1, 1) / k.sum(1, keepdim=True)).view_as(y)
         s, y, name = score(fit(Net(1), loss)), data(4000) + b * kind.sample((4000, 1, 1, 1)), type(kind).__name__
-        y = y[y.flatten().abs() < 2.5]
+        y, curve = y[y.flatten().abs() < 2.5], lambda f: torch.cat([x, f(x)], 1).flatten(1)
         rows.append(agree(f"{name} noise", s(y, b), exact(y), float(name != "Uniform")))
         panels.append({"title": f"{name} noise", "xlabel": "x", "ylabel": "score", "marks": [
-            ("line", "exact", torch.cat([x, exact(x)], 1).flatten(1)),
-            ("dots", "learned", torch.cat([x, s(x, b)], 1).flatten(1)[::4])]})
+            ("line", "exact", curve(exact)), ("dots", "learned", curve(lambda x: s(x, b))[::4])]})
     return panels, rows
 
 def autoencoder():
     """A denoising auto-encoder r and a score network that never saw clean data give one field: (r(x) - x) / sigma^2."""
-    sigma = torch.tensor([0.5])
-    def loss(net):
-        x = MIX(512)
-        return (net(x + sigma * torch.randn_like(x), sigma.log().expand(512)) - x).square().mean()
-    r, s = fit(Net(), loss), fit(Net(), lambda net: ncsn.loss(net, MIX(512), sigma, objective="ssm-vr"))
+    sigma, noisy = torch.tensor([0.5]), lambda x: x + 0.5 * torch.randn_like(x)
+    apply = lambda net, x: net(x, sigma.log().expand(len(x)))
+    r = fit(Net(), lambda net: (apply(net, noisy(x := MIX(512))) - x).square().mean())
+    s = fit(Net(), lambda net: ncsn.loss(net, MIX(512), sigma, objective="ssm-vr"))
     f = {"exact": lambda x: MIX.score(x, 0.5), "score network": lambda x: score(s)(x, 0.5),
-         "auto-encoder": lambda x: (r(x, sigma.log().expand(len(x))) - x) / sigma ** 2}         # Tweedie
-    x = MIX(4000) + sigma * torch.randn(4000, 2, 1, 1)
+         "auto-encoder": lambda x: (apply(r, x) - x) / sigma ** 2}         # Tweedie
+    x = noisy(MIX(4000))
     return [field(name, f[name], 2.5) for name in f], [agree(f"{a} on {b}", f[a](x), f[b](x)) for a, b in (
         ("auto-encoder", "score network"), ("auto-encoder", "exact"), ("score network", "exact"))]
 
 def ode():
-    """The probability-flow ODE, exact score: orders of Euler and Heun, exact likelihood, paths of three schedules."""
-    x, rows, curves = 5 * torch.randn(500, 2, 1, 1).double(), [], {"Euler": [], "Heun": []}
-    levels = lambda n: common.karras_sigmas(n + 1, 0.01, 5.0)[:-1].tolist()
-    best, panels = heun(MIX.score, x, levels(2000)), []
-    for order, (name, points) in enumerate(curves.items(), 1):
-        for n in (16, 32, 64, 128, 256):
-            points.append((n, (heun(MIX.score, x, levels(n), order) - best).norm(dim=1).median().item()))
-        rows.append((f"order of {name}", math.log2(points[-2][1] / points[-1][1]), math.nan, order))
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda x, s: MIX.score(x[None], s).flatten()), in_dims=(0, None))
-    def both(y, s):                                                        # the score, and its trace: log p gains it
-        trace = jacobian(y[:, :2], s).view(-1, 2, 2).diagonal(dim1=1, dim2=2).sum(1)
-        return torch.cat([MIX.score(y[:, :2], s), trace.view(-1, 1, 1, 1)], 1)
-    y = heun(both, F.pad(x := MIX(1000).double(), (0, 0, 0, 0, 0, 1)), [0.0] + levels(200)[::-1])
-    log_p = MIX.log_density(y[:, :2], 5.0) + y[:, 2].flatten()
-    rows.append(row("log p by the ODE less the exact, nats", log_p - MIX.log_density(x), 0))
-    t, x = torch.linspace(1, 0, 201).double(), x[:16] + 5 * torch.randn(16, 2, 1, 1)
-    for name, s in (("VE, sigma = 5 sqrt(t)", 5 * t.sqrt()), ("EDM, sigma = 5 t", 5 * t),
-                    ("VP, beta from 0.1 to 6.4", ((0.1 * t + 3.16 * t ** 2).exp() - 1).sqrt())):
-        path = [x]
-        for a, b in zip(s.tolist(), s.tolist()[1:]):
-            path.append(heun(MIX.score, path[-1], [a, b]))
-        path = torch.stack(path)[..., 0, 0] / ((1 + s ** 2).sqrt() if "VP" in name else s * 0 + 1)[:, None, None]
-        chord = torch.lerp(path[-1:], path[:1], t[:, None, None])          # a straight path
-        rows.append(row(f"bend, {name}", (path - chord).norm(dim=2).mean(0) / (path[0] - path[-1]).norm(dim=1).mean()))
+    """The probability-flow ODE, exact score: orders of DDIM and Heun, exact likelihood, paths of three processes."""
+    small, edm, x = sde.EDM(0.01, 5.0), sde.EDM(0.01, 100.0), 5 * torch.randn(500, 2, 1, 1).double()
+    exact = lambda process: sde.make_score(lambda y, sigma, label: -MIX.net(y, sigma.log()), process)
+    def ddim(n):                                                           # Euler's method in sigma
+        abar = 1 / (1 + common.karras_sigmas(n, 0.01, 5.0).flip(0) ** 2)
+        return ddpm.ddim(ddpm.as_eps(MIX.net, abar), x / 26 ** 0.5, abar, range(n, -1, -1))
+    best = (heun := lambda n: sde.heun(exact(small), small, x, n))(2000)
+    panel, errors = sweep("steps", "error", (16, 32, 64, 128, 256), {"DDIM": ddim, "Heun": heun}, lambda f, n: (
+        f(n) - best).norm(dim=1), math.nan, logx=True, logy=True)
+    rows = [(f"order of {k}", math.log2(errors[i][1] / errors[i + 1][1]), math.nan, order)
+            for k, i, order in (("DDIM", 3, 1), ("Heun", 8, 2))]
+    x, panels = MIX(1000).double(), [panel]                                # N(0, 100^2 I) is near enough to p_T of edm
+    log_p = sde.log_likelihood(exact(edm), edm, x, probes=0)[0].flatten() - MIX.log_density(x, 0.01)
+    rows.append(row("log p by the ODE less the exact, nats", log_p, 0))
+    for process in (sde.VE(0.01, 5.0), small, sde.VP()):
+        t, field = torch.linspace(process.T, process.eps, 101).double(), sde.flow(exact(process), process)
+        path = itertools.accumulate(itertools.pairwise(t.tolist()), lambda y, ab: sde.rk45(field, y, *ab, 1e-4),
+                                    initial=process.prior * torch.randn(16, 2, 1, 1).double())
+        path, name = torch.stack(list(path)).flatten(2), type(process).__name__
+        straight = torch.lerp(path[-1:], path[:1], ((t - t[-1]) / (t[0] - t[-1]))[:, None, None])
+        bend = (path - straight).norm(dim=2).mean(0) / (path[0] - path[-1]).norm(dim=1).mean()
+        rows.append(row(f"bend, {name}", bend))
         panels.append({"title": name, "xlabel": "t", "ylabel": "x_1", "marks": [
             ("line", "", torch.stack([t, p], 1)) for p in path[:, :, 0].T]})
-    return [{"marks": [("curve", *c) for c in curves.items()], "xlabel": "steps", "ylabel": "error", "logx": True,
-             "logy": True}, *panels], rows
+    return panels, rows
 
-def conditional():
-    """x_2 given x_1 = 0.1: to put a noisy x_1 into every step is far off; to go back and forth in each, nearer."""
-    abar, draws, w = ddpm.schedule("cosine", 100), {}, Mixture(MIX.w, MIX.m[:, :1, 0, 0]).parts(image([[0.1]]))[0]
-    exact, eps = Mixture(w.softmax(1)[0], MIX.m[:, 1:, 0, 0]), ddpm.as_eps(MIX.net, abar)
-    for times in (1, 3, 10, 20):
-        x = torch.randn(4000, 2, 1, 1)
-        for t, again in itertools.product(range(100, 0, -1), range(times)[::-1]):
-            x[:, 0] = abar[t].sqrt() * 0.1 + (1 - abar[t]).sqrt() * torch.randn(4000, 1, 1)
-            x, alpha = ddpm.ancestral(eps, x, abar, [t - 1, t]), abar[t] / abar[t - 1]
-            x = alpha.sqrt() * x + (1 - alpha).sqrt() * torch.randn_like(x) if again else x
-        draws[times] = x[:, 1].flatten()
-    upper = (exact.w * torch.special.ndtr(exact.m.flatten() / exact.v ** 0.5)).sum()
-    last, rows = sweep("times", "P(x_2 > 0)", draws, {"exact": (lambda k: (draws[k] > 0).double(), lambda k: upper)})
-    pdf = lambda x: exact.log_density(image(x[:, None])).exp()
-    return [density(f"x_2, each step {k} time{'s'[:k - 1]}", draws[k], pdf, -2.5, 2.5) for k in (1, 20)] + [last], rows
-
-def digits():
-    """A sheet of the digits that this project draws itself."""
-    return grid(load_images("digits", "data", "train")[0][:200] / 255, cols=20), []
+def samplers(sets=((cut, 4), (heart, 1.5), (swiss_roll, 2.5), (checkerboard, 2.5))):
+    """Every sampler draws four sets of data with 20 and with 200 evaluations of a network; drawn: 200."""
+    panels, rows, abar, vp = [], [], ddpm.schedule("cosine", 200), sde.VP()
+    for data, box in sets:
+        net, known = fit(Net(), lambda net: ddpm.loss(ddpm.as_eps(net, abar), data(512), abar)), trained(data, 20, 0.01)
+        samples, eps, s = {}, ddpm.as_eps(net, abar), sde.make_score(lambda y, sigma, label: -net(y, sigma.log()), vp)
+        for n in (20, 200):
+            ladder, tau = common.geometric_sigmas(20, 0.01, n // 4).tolist(), ddpm.subsequence(200, n)
+            for name, draw in {"NCSN": lambda x: anneal(known, 20 * x, ladder, 0.3, 4),
+                               "DDPM": lambda x: ddpm.ancestral(eps, x, abar, tau),
+                               "ODE": lambda x: sde.heun(s, vp, x, n // 2),
+                               "DDIM": lambda x: ddpm.ddim(eps, x, abar, tau[::-1]),
+                               "Euler-Maruyama": lambda x: sde.em(s, vp, x, sde.times(vp, n - 1)),
+                               "reverse diffusion": lambda x: sde.reverse(s, vp, x, sde.times(vp, n - 1)),
+                               "predictor-corrector": lambda x: sde.pc(s, vp, x, sde.times(vp, n // 2))}.items():
+                samples[f"{data.__name__}, {name}, {n}"] = draw(torch.randn(4000, 2, 1, 1))
+        rows += compare(samples, data)
+        panels += [cloud(k, x, box) for k, x in samples.items() if k[-3:] == "200"][:3]
+    return panels, rows
 
 def main():
-    experiments = {"tour": tour, "langevin": ncsn.langevin, "annealed": ncsn.annealed, "scores": ncsn.scores,
-                   "matching": ncsn.matching, "steps": ncsn.steps, "too-many-steps": ncsn.too_many_steps,
-                   "objective": ncsn.objective, "mala": ncsn.metropolis, "ddpm": ddpm.diffusion, "noise": noise,
-                   "autoencoder": autoencoder, "ode": ode, "conditional": conditional, "digits": digits}
+    experiments = {f.__name__: f for f in (
+        tour, ncsn.langevin, ncsn.annealed, ncsn.scores, ncsn.matching, ncsn.projections, ddpm.weighting, ncsn.steps,
+        ncsn.levels, ncsn.objective, ddpm.conditioning, ode, noise, autoencoder)}
+    experiments |= {"too-many-steps": ncsn.too_many_steps, "ddpm": samplers, "mala": inpaint.metropolis,
+                    "conditional": inpaint.given}
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     p.add_argument("experiment", nargs="?", default="tour", help=f"all, {', '.join(experiments)}")
     p.add_argument("--out", default="runs/toy", help="folder of the pictures")
@@ -492,7 +492,7 @@ def main():
         for label, measured, *known in rows:
             known = [f"{name} {v:<8.4g}" for name, v in zip(("+-", "exact"), known) if math.isfinite(v)]
             print(f"    {label:86s} {measured:10.5g} ", *known)
-        figure(path, panels) if isinstance(panels, list) else save_picture(panels, path)
+        figure(path, panels)
         print(f"saved  {path}, {time.perf_counter() - start:.1f} s\n", flush=True)
 
 if __name__ == "__main__":
