@@ -310,10 +310,10 @@ def fit(net, loss, steps=2000):
         opt.step(), opt.zero_grad(), schedule.step()
     return net.requires_grad_(False)
 
-def trained(data, sigma_max, sigma_min, L=100):
+def trained(data, sigma_max, sigma_min, L=100, steps=2000):
     """The network of ncsn.loss on L levels."""
     sigma = common.geometric_sigmas(sigma_max, sigma_min, L).float()
-    return fit(Net(), lambda net: ncsn.loss(net, data(512), sigma))
+    return fit(Net(), lambda net: ncsn.loss(net, data(512), sigma), steps)
 
 score = lambda net: lambda x, sigma: ncsn.score(net, x, torch.full((len(x),), float(sigma)))       # sigma: a number
 
@@ -375,8 +375,7 @@ def field(title, f, box, heat=None):
     arrows = torch.cat([x, 2 * box / 15 * v / v.norm(dim=1).max()], 1).flatten(1)
     return {"title": title, "marks": [*heat, ("arrows", "", arrows)], "box": (-box, box)}
 
-def cloud(title, x, box):
-    return {"title": title, "marks": [("dots", "", x[:2000].flatten(1))], "box": (-box, box)}
+cloud = lambda title, x, box: {"title": title, "marks": [("dots", "", x[:2000].flatten(1))], "box": (-box, box)}
 
 # -------------------------------------------------------------- experiments: panels of a picture, rows of a table
 MIX, MODES = Mixture(), Mixture((0.8, 0.2), ((5.0, 5.0), (-5.0, -5.0)), 1.0)           # the second is NCSN's
@@ -455,11 +454,12 @@ def samplers(sets=((cut, 4), (heart, 1.5), (swiss_roll, 2.5), (checkerboard, 2.5
     """Every sampler draws four sets of data with 20 and with 200 evaluations of a network; drawn: 200."""
     panels, rows, abar, vp = [], [], ddpm.schedule("cosine", 200), sde.VP()
     for data, box in sets:
-        net, known = fit(Net(), lambda net: ddpm.loss(ddpm.as_eps(net, abar), data(512), abar)), trained(data, 20, 0.01)
+        net = fit(Net(), lambda net: ddpm.loss(ddpm.as_eps(net, abar), data(512), abar))
+        known = trained(data, 5, 0.01, steps=4000)
         samples, eps, s = {}, ddpm.as_eps(net, abar), sde.make_score(lambda y, sigma, label: -net(y, sigma.log()), vp)
         for n in (20, 200):
-            ladder, tau = common.geometric_sigmas(20, 0.01, n // 4).tolist(), ddpm.subsequence(200, n)
-            for name, draw in {"NCSN": lambda x: anneal(known, 20 * x, ladder, 0.3, 4),
+            ladder, tau = common.geometric_sigmas(5, 0.01, n // 2).tolist(), ddpm.subsequence(200, n)
+            for name, draw in {"NCSN": lambda x: anneal(known, 5 * x, ladder, 0.5, 2),
                                "DDPM": lambda x: ddpm.ancestral(eps, x, abar, tau),
                                "ODE": lambda x: sde.heun(s, vp, x, n // 2),
                                "DDIM": lambda x: ddpm.ddim(eps, x, abar, tau[::-1]),
