@@ -467,8 +467,15 @@ def main():
     given, x = (toy.to_uint8(torch.cat([part[k] for part in parts]).cpu(), -1.0) for k in (0, 1))
     finite = all(part[1].isfinite().all() for part in parts)
     require(finite, "the completions are not finite: let the method take smaller steps, or a smaller --zeta")
-    judge = common.classifier(saved.dataset, args.data_dir, device)[0] if labels is not None else None
     out = Path(args.out or Path(args.run) / "inpaint") / f"{name}-{method}"
+    sheet = torch.cat([images[:20, None], given[:20, None], x[:20, :10]], 1)
+    toy.save_picture(toy.grid(sheet.flatten(0, 1) / 255, cols=sheet.shape[1]), f"{out}.png")
+    final = x[:8, 0] / 127.5 - 1
+    toy.save_process([*frames, torch.stack([final, final], 1).flatten(0, 1)], f"{out}.gif", -1.0)
+    if args.npz:
+        with common.aside(f"{out}.npz") as f:
+            np.savez(f, completions=x.permute(0, 1, 3, 4, 2).numpy(), truth=images.permute(0, 2, 3, 1).numpy())
+    judge = common.classifier(saved.dataset, args.data_dir, device)[0] if labels is not None else None
     names = args.image or range(args.index, args.index + len(images))
     rows = [{"image": n, **row} for n, row in zip(names, measure(images, x, hidden, labels, judge))]
     show = lambda row: "   ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
@@ -481,13 +488,6 @@ def main():
     writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     with common.aside(f"{out}.csv") as f:
         f.write(table.getvalue().encode())
-    sheet = torch.cat([images[:20, None], given[:20, None], x[:20, :10]], 1)
-    toy.save_picture(toy.grid(sheet.flatten(0, 1) / 255, cols=sheet.shape[1]), f"{out}.png")
-    final = x[:8, 0] / 127.5 - 1
-    toy.save_process([*frames, torch.stack([final, final], 1).flatten(0, 1)], f"{out}.gif", -1.0)
-    if args.npz:
-        with common.aside(f"{out}.npz") as f:
-            np.savez(f, completions=x.permute(0, 1, 3, 4, 2).numpy(), truth=images.permute(0, 2, 3, 1).numpy())
     print(f"saved  {out}.png, .gif, .csv{', .npz' if args.npz else ''}")
 
 if __name__ == "__main__":
