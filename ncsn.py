@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
-import ddpm
 import toy
 from common import Run, UNet, geometric_sigmas, require
 

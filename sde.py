@@ -100,7 +100,7 @@ def eps_theta(net, y, sigma, label=None, precond="eps", sigma_data=1.0):
 def loss(net, x0, sde, label=None, p_null=0.1, weighting="paper", precond="eps", sigma_data=1.0):
     """Continuous denoising score matching, eq. (7), mean over pixels. paper: lambda = s^2, t uniform. likelihood:
     lambda = g^2 (ScoreFlow), t ~ g^2 / s^2 = d log sigma^2 / dt by importance: log sigma uniform. EDM: table 1, on D
-    lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2; log(sigma / 2 sigma_data) ~ N(-1.2, 1.2^2) (2 0.5 = 1)."""
+    lambda = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2; log sigma ~ N(-1.2, 1.2^2) at 0.5, else scaled."""
     u, z = torch.rand(len(x0), device=x0.device), torch.randn_like(x0)
     t = sde.eps + u * (sde.T - sde.eps)
     if isinstance(sde, EDM):

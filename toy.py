@@ -4,7 +4,7 @@
     python toy.py EXPERIMENT     # a picture runs/toy/EXPERIMENT.png, and a table of measured numbers beside exact ones
     python toy.py all            # every experiment
 """
-import argparse, functools, gzip, hashlib, http.client, io, itertools, math, os, socket, struct, tarfile, time
+import argparse, gzip, hashlib, http.client, io, itertools, math, os, socket, struct, tarfile, time
 import urllib.request, zlib
 from pathlib import Path
 import numpy as np
