@@ -1,500 +1,1243 @@
-"""What has no equation number: noise schedules, the U-Net, runs and checkpoints, quality, the project's own digits."""
-import argparse, concurrent.futures, contextlib, copy, csv, ctypes, functools, hashlib, io, math, os
-import signal, struct, sys, time
+"""What no paper owns: noise schedules, data sets, a U-Net, training runs, pictures."""
+
+import argparse
+import contextlib
+import copy
+import csv
+import ctypes
+import gzip
+import hashlib
+import http.client
+import io
+import math
+import os
+import sys
+import tarfile
+import time
+import urllib.request
+import zlib
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from torch import nn
+
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence that names the file or flag and the cure."""
+    """A mistake that the user can mend: one sentence, what is wrong and the cure."""
 
-def require(ok, sentence):
-    """Raise UserError(sentence) unless ok."""
-    if not ok:
-        raise UserError(sentence)
 
 def cli(main):
-    """Run main(); a UserError, or an OSError such as an unreadable file, is one sentence and exit status 2."""
+    """Run main(); a mistake is one sentence and exit status 2, Ctrl-C one and 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be printable
     try:
-        main()
+        return main()
+    except BrokenPipeError:  # as in: python ncsn.py | head
+        os._exit(0)
+    except KeyboardInterrupt as e:
+        code, why = 130, str(e) or "stopped; a run goes on with --resume"
+    except torch.OutOfMemoryError:
+        code, why = 2, "out of memory: lower --batch-size or --width"
     except (UserError, OSError) as e:
-        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr, flush=True)
-        os._exit(2) if dist.is_initialized() else sys.exit(2)    # other processes wait: no orderly farewell
+        code, why = 2, e
+    sentence = " ".join(str(why).split())
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(code)  # the other processes wait for this one: no orderly farewell
+    sys.exit(code)
+
+
+def rank():
+    """Which process of torchrun this is; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(text):
+    """Print a line at once, in the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
 
 @contextlib.contextmanager
 def aside(path):
-    """Open a file beside PATH for writing, then rename it to PATH: there is the old file or the new one, never half."""
+    """Open a file beside PATH, and rename it to PATH in the end: never half a file."""
+    path = Path(path)
     part = Path(f"{path}.{os.getpid()}.part")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f"{path.name}.*.part"):
+            if not Path("/proc", old.suffixes[-2][1:]).exists():  # a dead process's
+                old.unlink()
         with open(part, "wb") as f:
             yield f
-            os.fsync(f.flush() or f.fileno())
+            f.flush()
+            os.fsync(f.fileno())
         part.replace(path)
     except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror or e}); what was there before is untouched") from e
+        raise UserError(f"cannot write {path} ({e.strerror or e})") from e
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
-def save(what, path):
-    """torch.save to PATH, all or nothing."""
-    torch.save(what, buffer := io.BytesIO())
-    with aside(path) as f:
-        f.write(buffer.getbuffer())
 
-# --------------------------------------------------------------------------------------------- noise schedules
+# ---------------------------------------------------------------------- noise schedules
+
+
 def geometric_sigmas(sigma_max, sigma_min, L):
-    """(L,) float64: sigma_1 = sigma_max > ... > sigma_L = sigma_min with one ratio (Song & Ermon 2019, section 4.1)."""
-    return torch.logspace(math.log10(sigma_max), math.log10(sigma_min), L, dtype=torch.float64)
+    """(L,) float64: sigma_1 > ... > sigma_L with one ratio (NCSN, section 4.1)."""
+    ends = math.log10(sigma_max), math.log10(sigma_min)
+    return torch.logspace(*ends, L, dtype=torch.float64)
+
 
 def linear_betas(T, beta_1=1e-4, beta_T=0.02):
-    """(T,) float64: beta_1 ... beta_T in equal steps (Ho et al. 2020, section 4)."""
+    """(T,) float64: beta_1 ... beta_T in equal steps (DDPM, section 4)."""
     return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
 
+
 def cosine_betas(T, s=0.008, beta_max=0.999):
-    """(T,) float64: 1 - f(t) / f(t-1), at most beta_max; f(t) = cos^2((t/T + s) / (1 + s) pi/2) (Nichol, eq. 17)."""
-    f = ((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2).cos().square()
+    """(T,) float64: beta_t = 1 - f(t) / f(t - 1) (improved DDPM, eq. 17)."""
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    f = ((t + s) / (1 + s) * math.pi / 2).cos().square()
     return (1 - f[1:] / f[:-1]).clamp(max=beta_max)
 
-def karras_sigmas(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """(n + 1,) float64: from sigma_max to sigma_min in equal steps of sigma^(1/rho), then 0 (Karras 2022, eq. 5)."""
-    return F.pad(torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), n, dtype=torch.float64) ** rho, (0, 1))
 
-# ------------------------------------------------------------------------------------------------- the network
+def karras_sigmas(N, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """(N + 1,) float64: N levels from sigma_max to sigma_min, then 0 (EDM, eq. 5)."""
+    ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return F.pad(torch.linspace(*ends, N, dtype=torch.float64) ** rho, (0, 1))
+
+
+def per_sample(v, x):
+    """v (B,) in the type of x (B, ...) and in a shape that multiplies it."""
+    if v.shape != x.shape[:1]:
+        raise ValueError(f"one value a sample: {tuple(v.shape)} for {len(x)} samples")
+    return v.to(x).view(-1, *[1] * (x.dim() - 1))
+
+
+def hide(label, p_null):
+    """The labels (B,), each -1, "no class", with probability p_null; or None."""
+    if label is None:
+        return None
+    return label.where(torch.rand(len(label), device=label.device) >= p_null, -1)
+
+
+def check_labels(label, classes):
+    """ValueError unless the labels (B,) are of the classes that a network knows."""
+    if not classes:
+        raise ValueError("labels for a network that was trained without --classes")
+    if label.device.type == "cpu" and not -1 <= label.min() <= label.max() < classes:
+        raise ValueError(f"labels go from 0 to {classes - 1}; -1 is no class")
+
+
+def seed_all(*numbers):
+    """Seed torch with whole numbers, mixed: of a seed a CPU uses 32 bits only."""
+    mixed = np.random.SeedSequence([n + 1 for n in numbers])  # a 0 would be no number
+    torch.manual_seed(int(mixed.generate_state(1)[0]))
+
+
+# --------------------------------------------------- data sets: uint8 images and labels
+
+MIRRORS = {  # the second address is tried where the first fails
+    "mnist": [
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ],
+    "fashion-mnist": [
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    ],
+    "cifar10": [
+        "https://www.cs.toronto.edu/~kriz/",
+        "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/",
+    ],
+}
+SETS = ["digits", "colour-digits", *MIRRORS]
+TORCHVISION = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
+IDX = {
+    ("train", "images"): "train-images-idx3-ubyte",
+    ("train", "labels"): "train-labels-idx1-ubyte",
+    ("test", "images"): "t10k-images-idx3-ubyte",
+    ("test", "labels"): "t10k-labels-idx1-ubyte",
+}
+SHA256 = {  # of the files, decompressed
+    "mnist/train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "mnist/train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "mnist/t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "mnist/t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    "fashion-mnist/train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "fashion-mnist/train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "fashion-mnist/t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "fashion-mnist/t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, as published
+PICTURES = ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .tga"
+
+
+def load_images(name, split="train", data_dir="data", size=None):
+    """uint8 images (N, C, H, W), int64 labels (N,) or None, of a set or a folder.
+
+    Drawn or downloaded where missing; prints what was found. size: of the squares that
+    pictures of a folder are cropped to. UserError names the file and the cure.
+    """
+    note = ""
+    if name in ("digits", "colour-digits"):
+        images, labels = draw_digits(split, colour=name == "colour-digits")
+    elif name == "cifar10":
+        images, labels = read_cifar10(Path(data_dir, name), split)
+    elif name in MIRRORS or any(Path(name).glob("*images?idx3*")):
+        images = read_idx(name, split, "images", data_dir)[:, None]
+        labels = read_idx(name, split, "labels", data_dir).long()
+    elif split == "test":
+        raise UserError(f"{name} is a folder of pictures: it has no test images")
+    else:
+        images, labels, note = read_folder(Path(name), size)
+    N, C, H, W = images.shape
+    if not images.numel() or labels is not None and len(labels) != N:
+        raise UserError(f"{name} has {N} images of {H} x {W}, {len(labels)} labels")
+    classes = "" if labels is None else f", {int(labels.max()) + 1} classes"
+    kind = f"{C} x {H} x {W}, {'grey' if C == 1 else 'colour'}{classes}"
+    say(f"data   {name}: {N} pictures, {kind}{note}")
+    return images, labels
+
+
+def draw_digits(split, colour=False, size=28):
+    """Digits in Pillow's own font, in four stroke widths and random quadrilaterals.
+
+    colour: in a random hue, of which the mean of the channels tells nothing.
+    """
+    n = 60_000 if split == "train" else 10_000
+    font = ImageFont.load_default(72)
+    glyphs = [Image.new("L", (112, 112)) for _ in range(40)]
+    for k, glyph in enumerate(glyphs):
+        draw = ImageDraw.Draw(glyph)
+        draw.text((56, 56), str(k // 4), 255, font, anchor="mm", stroke_width=k % 4)
+    rng = np.random.default_rng(split == "test")
+    which = rng.integers(len(glyphs), size=n)
+    corners = np.array([0, 0, 0, 112, 112, 112, 112, 0]) + rng.normal(0, 8, (n, 8))
+    images = np.empty((n, 1, size, size), np.uint8)
+    quad, bicubic = Image.Transform.QUAD, Image.Resampling.BICUBIC
+    for image, k, corner in zip(images, which, corners.tolist()):
+        image[0] = glyphs[k].transform((size, size), quad, corner, bicubic)
+    if colour:
+        turn = 2 * math.pi * (rng.random((n, 1)) + np.arange(3) / 3)
+        share = np.float32(0.5 + 0.35 * np.cos(turn))[:, :, None, None]
+        images = np.rint(images * share).astype(np.uint8)
+    return torch.from_numpy(images), torch.from_numpy(which // 4)
+
+
+def unzipped(raw):
+    """The bytes, decompressed if they are a gzip; none if they are damaged."""
+    if raw[:2] != b"\x1f\x8b":
+        return raw
+    with contextlib.suppress(OSError, EOFError, zlib.error):
+        return gzip.decompress(raw)
+    return b""
+
+
+def download(path, name, right):
+    """Fetch PATH from the first mirror of the set whose bytes are right(bytes)."""
+    failures = []
+    for url in [mirror + path.name for mirror in MIRRORS[name]]:
+        say(f"fetch  {url}")
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                raw = response.read()
+            if not right(raw):
+                raise OSError("another file, by its checksum")
+            with aside(path) as f:
+                f.write(raw)
+            return
+        except (OSError, http.client.HTTPException) as e:
+            failures.append(f"{url} ({e})")
+    cure = f"put it into {path.parent} by hand, or say with --data-dir where {name} is"
+    raise UserError(f"cannot download {path.name}: {cure}. Tried {', '.join(failures)}")
+
+
+def read_idx(name, split, kind, data_dir):
+    """The bytes of an IDX file, images (N, H, W) or labels (N,), of a set or folder."""
+    stem = IDX[split, kind]
+    folders, patterns = [Path(name)], [f"*train-{kind}?idx*"]
+    if split == "test":
+        patterns = [f"*t10k-{kind}?idx*", f"*test-{kind}?idx*"]
+    if name in MIRRORS:
+        folders = [Path(data_dir, name), Path(data_dir, TORCHVISION[name])]
+        patterns = [stem.replace("-idx", "?idx"), stem.replace("-idx", "?idx") + ".gz"]
+    paths = [p for f in folders for pattern in patterns for p in f.glob(pattern)]
+
+    def right(raw):
+        wanted = SHA256.get(f"{name}/{stem}")  # None: of your own
+        return wanted in (None, hashlib.sha256(unzipped(raw)).hexdigest())
+
+    if not paths and name in MIRRORS:
+        paths = [folders[0] / f"{stem}.gz"]
+        download(paths[0], name, right)
+    if len({p.name.removesuffix(".gz") for p in paths}) != 1:
+        raise UserError(f"{name} has {len(paths)} files like {stem}: leave one")
+    path = paths[0]
+    raw = path.read_bytes()
+    if not right(raw):
+        cure = f"move it away, or read files of your own with --dataset {path.parent}"
+        raise UserError(f"{path} is damaged, or not the {stem} of {name}: {cure}")
+    raw = unzipped(raw)
+    ndim = 3 if kind == "images" else 1
+    head = raw[: 4 + 4 * ndim].ljust(4 + 4 * ndim)
+    shape = np.frombuffer(head[4:], ">u4").tolist()
+    data = np.frombuffer(raw[len(head) :], np.uint8)
+    if head[:4] != bytes([0, 0, 8, ndim]) or math.prod(shape) != len(data):
+        raise UserError(
+            f"{path} is damaged, or no IDX file of bytes in {ndim} dimensions"
+        )
+    return torch.tensor(data.reshape(shape))
+
+
+def read_cifar10(folder, split):
+    """Images and labels in CIFAR-10's binary archive, which is never extracted."""
+    path = folder / "cifar-10-binary.tar.gz"
+    names = ["test_batch.bin"]
+    if split == "train":
+        names = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    if not path.exists():
+        md5 = CIFAR10_MD5
+        download(path, "cifar10", lambda raw: hashlib.md5(raw).hexdigest() == md5)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(unzipped(path.read_bytes()))) as tar:
+            files = {Path(m.name).name: m for m in tar if m.isfile()}
+            raw = b"".join(tar.extractfile(files[name]).read() for name in names)
+        rows = torch.tensor(np.frombuffer(raw, np.uint8).reshape(-1, 3073))
+    except (tarfile.TarError, LookupError, ValueError) as e:
+        raise UserError(f"{path} is damaged or another file ({e}): move it away") from e
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
+
+
+def read_picture(path, size=None):
+    """The pages of a picture: arrays (H, W, 3) uint8, or (H, W) int64 if of more bits.
+
+    Transparent becomes white. size: cropped to a square. UserError names a bad one.
+    """
+    try:
+        with Image.open(path) as im:
+            return [read_page(page, size) for page in ImageSequence.Iterator(im)]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UserError(f"cannot read {path} ({e})") from e
+
+
+def read_page(page, size):
+    """One page of read_picture."""
+    if not size and page.width * page.height > 512 * 512:
+        raise ValueError(f"{page.width} x {page.height} is large: give --size, say 32")
+    page = ImageOps.exif_transpose(page)
+    if page.mode == "F":
+        raise ValueError("its values are floats of unknown range: save it as bytes")
+    if page.has_transparency_data:
+        white = Image.new("RGBA", page.size, "white")
+        page = Image.alpha_composite(white, page.convert("RGBA"))
+    deep = page.mode.startswith("I")
+    page = page.convert("I" if deep else "RGB")
+    if deep and page.getextrema()[0] < 0:
+        raise ValueError("it holds negative numbers: save it as bytes")
+    if size:
+        page = ImageOps.fit(page, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(page).clip(min=0).astype(np.int64 if deep else np.uint8)
+
+
+def as_images(pages):
+    """uint8 images (N, C, H, W) of the arrays of read_picture; C = 1 if all look grey.
+
+    Numbers of more than 8 bits are scaled by the largest of all.
+    """
+    top = max([255, *[page.max() for page in pages if page.ndim == 2]])
+    for i, page in enumerate(pages):
+        if page.ndim == 2:
+            page = np.rint(page * (255 / top)).astype(np.uint8)
+            pages[i] = np.repeat(page[:, :, None], 3, axis=2)
+    images = np.stack(pages)
+    if (images == images[..., :1]).all():
+        images = images[..., :1]
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def picture_files(folder):
+    """(paths of the pictures below a folder, Counter of the suffixes passed over).
+
+    Links are followed; hidden files, __MACOSX and folders of a run are not looked into.
+    """
+    paths, others = [], Counter()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        above = os.path.realpath(os.path.dirname(parent))
+        back = Path(above).is_relative_to(os.path.realpath(parent))  # a link up
+        if is_run(parent) or back and parent != str(folder):
+            folders.clear()
+            continue
+        folders[:] = [d for d in sorted(folders) if d[0] != "." and d != "__MACOSX"]
+        for path in [Path(parent, f) for f in sorted(files) if f[0] != "."]:
+            if path.suffix and path.suffix.lower() in PICTURES.split():
+                paths.append(path)
+            else:
+                others[path.suffix or path.name] += 1
+    return paths, others
+
+
+def read_folder(folder, size=None):
+    """(images, labels, note) of a folder of pictures; sub-folders are the classes."""
+    if not folder.is_dir():
+        raise UserError(f"--dataset {folder} is neither a folder nor {', '.join(SETS)}")
+    paths, others = picture_files(folder)
+    pages, names = [], []
+    for path in paths:
+        new = read_picture(path, size)
+        pages += new
+        names += [path] * len(new)
+        if new[0].shape[:2] != pages[0].shape[:2]:
+            raise UserError(f"{path} is not of the size of {names[0]}: give --size 32")
+    if not pages:
+        raise UserError(f"{folder} holds no picture: {PICTURES}")
+    labels, inside = None, [path.relative_to(folder).parts for path in names]
+    if all(len(parts) > 1 for parts in inside):
+        classes = sorted({parts[0] for parts in inside})
+        labels = torch.tensor([classes.index(parts[0]) for parts in inside])
+    skipped = ", ".join(f"{n} {suffix}" for suffix, n in others.items())
+    return as_images(pages), labels, f"; skipped {skipped}" if skipped else ""
+
+
+# -------------------------------------------------------------------------- the network
+
+
 def zero(layer):
-    """The layer with all its weights 0: a residual branch starts as the identity, an output as 0."""
-    [nn.init.zeros_(p) for p in layer.parameters()]
+    """The layer with weights 0: a residual branch begins as the identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
     return layer
 
+
+class Norm(nn.LayerNorm):
+    """Layer normalisation over the channels of each pixel, x (B, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class Block(nn.Module):
-    """Residual block; the embedding scales and shifts its second normalisation (adaptive group norm)."""
-    def __init__(self, c_in, c_out, c_emb, dropout, pool=False):
+    """Residual block; the embedding scales and shifts its second normalisation."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout):
         super().__init__()
-        self.pool, self.dropout, self.emb = pool, nn.Dropout(dropout), zero(nn.Linear(c_emb, 2 * c_out))
-        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm1 = Norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = zero(nn.Linear(c_emb, 2 * c_out))
+        self.norm2 = Norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb):
-        x = F.avg_pool2d(x, 2) if self.pool else x
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)                 # (B, C, 1, 1) each
-        h = self.norm2(self.conv1(F.silu(self.norm1(x)))) * (1 + scale) + shift        # addcmul is slow on CPUs
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
+        h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
 
-class UNet(nn.Module):
-    """net(x, noise, label=None): x (B, C, H, W), noise (B,) real (log sigma, t, ...), label (B,), -1 or None: no class.
-    Float32 like x, 0 before training; inside bfloat16 if .bf16 is set. UserError for sizes that do not halve."""
-    def __init__(self, channels=1, width=32, mult=(1, 2, 2), patch=1, classes=0, dropout=0.0, out=None):
+
+class Attention(nn.Module):
+    """Every pixel looks at every other."""
+
+    def __init__(self, c):
         super().__init__()
-        self.patch, self.levels, self.classes, self.bf16 = patch, len(mult), classes, False
-        require(width % 8 == 0, f"--width {width} is not a multiple of 8, the groups of the normalisation")
-        c, c_emb = width, 4 * width
-        # frequencies in radians: 2, two neighbouring levels of log sigma stay alike; 0.002, t = 1 and 1000 differ
-        self.register_buffer("freq", torch.logspace(math.log10(2), math.log10(0.002), width // 2), persistent=False)
-        self.emb = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.label = nn.Embedding(classes + 1, c_emb) if classes else None             # the last row: null class
-        self.conv_in = nn.Conv2d(channels * patch ** 2, width, 3, padding=1)
-        self.down = nn.ModuleList([Block(c, c := width * m, c_emb, dropout, pool=k > 0) for k, m in enumerate(mult)])
-        self.mid = nn.ModuleList([Block(c, c, c_emb, dropout), Block(c, c, c_emb, dropout)])
-        self.norm_qkv, heads = nn.GroupNorm(8, c), c // math.gcd(c, 64)
-        self.attention = nn.MultiheadAttention(c, heads, batch_first=True)
-        zero(self.attention.out_proj)
-        self.side = nn.ModuleList([nn.Conv2d(c, c := width * m, 1) for m in mult[::-1]])
-        self.up = nn.ModuleList([Block(width * m, width * m, c_emb, dropout) for m in mult[::-1]])
-        self.norm, self.conv_out = nn.GroupNorm(8, c), zero(nn.Conv2d(c, (out or channels) * patch ** 2, 3, padding=1))
+        self.heads = c // math.gcd(c, 64)
+        self.norm = Norm(c)
+        self.qkv = nn.Conv2d(c, 3 * c, 1)
+        self.out = zero(nn.Conv2d(c, c, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        h = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = h.transpose(3, 4).unbind(1)  # (B, heads, pixels, channels)
+        weights = (q @ k.mT * (C // self.heads) ** -0.5).softmax(3)
+        h = (weights @ v).mT.reshape(B, C, H, W)
+        return x + self.out(h)
+
+
+class UNet(nn.Module):
+    """net(x, noise, label=None): x (B, C, H, W); noise (B,), log sigma or t; label (B,)
+
+    where -1, or None, is "no class". 0 before training. Float32 like x; .dtype bfloat16
+    multiplies in bfloat16. patch: pixels squared seen as one; out: channels returned.
+    """
+
+    def __init__(
+        self, channels, width=32, patch=1, classes=0, dropout=0, out=0, mult=(1, 2, 2)
+    ):
+        super().__init__()
+        if width % 8:
+            raise UserError(f"--width {width} is not a multiple of 8")
+        self.dtype = torch.float32
+        self.patch = patch
+        mult = mult if patch == 1 else mult[:-1]  # 28 is 4 times an odd number
+        c_emb = 4 * width
+        # in radians: neighbouring levels of log sigma stay alike, t = 1 and 1000 differ
+        frequencies = torch.logspace(math.log10(2), math.log10(0.002), width // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.embed = nn.Sequential(
+            nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb)
+        )
+        self.classes = classes
+        self.label = nn.Embedding(classes + 1, c_emb) if classes else None
+
+        widths = [width * m for m in mult]
+        self.conv_in = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+        self.down = nn.ModuleList()
+        for c, w in zip([width, *widths], widths):
+            self.down.append(Block(c, w, c_emb, dropout))
+        c = widths[-1]
+        self.mid1 = Block(c, c, c_emb, dropout)
+        self.attention = Attention(c)
+        self.mid2 = Block(c, c, c_emb, dropout)
+        self.side = nn.ModuleList()
+        self.up = nn.ModuleList()
+        for c_below, w in zip([c, *widths[::-1]], widths[::-1]):
+            self.side.append(nn.Conv2d(c_below, w, 1))
+            self.up.append(Block(w, w, c_emb, dropout))
+        self.norm = Norm(width)
+        out = (out or channels) * patch**2
+        self.conv_out = zero(nn.Conv2d(width, out, 3, padding=1))
+
+    def check(self, shape):
+        """UserError unless images of this shape C, H, W can be halved."""
+        factor = self.patch * 2 ** (len(self.down) - 1)
+        if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
+            words = f"C x H x W with H and W multiples of {factor}"
+            raise UserError(
+                f"images of {list(shape)} do not fit the U-Net: give {words}"
+            )
 
     def forward(self, x, noise, label=None):
-        (H, W), factor = x.shape[-2:], self.patch * 2 ** (self.levels - 1)
-        require(H % factor == W % factor == 0, f"images of {H} x {W} do not fit the U-Net: both must be multiples of "
-                f"{factor}, which is --patch {self.patch} times 2 for each halving")
-        assert noise.shape == x.shape[:1], f"one noise value an image, got {tuple(noise.shape)} for {len(x)} images"
-        angle = noise.float()[:, None] * self.freq                                     # (B, width / 2)
-        emb = self.emb(torch.cat([angle.cos(), angle.sin()], dim=1))                   # (B, 4 width)
+        self.check(x.shape[1:])
+        angle = per_sample(noise, x).view(-1, 1) * self.frequencies  # (B, width / 2)
+        emb = self.embed(torch.cat([angle.cos(), angle.sin()], dim=1))
+        if label is not None:
+            check_labels(label, self.classes)
         if self.label is not None:
-            label = torch.full_like(noise, -1).long() if label is None else label
-            emb = emb + self.label(label % (self.classes + 1))                         # -1 is the last row
-        h, emb = self.conv_in(F.pixel_unshuffle(x, self.patch)), F.silu(emb)           # (B, width, H / patch, ...)
-        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            h, skips = h.bfloat16() if self.bf16 else h, []
-            for block in self.down:
-                skips.append(h := block(h, emb))
-            h = self.mid[0](h, emb)
-            q = self.norm_qkv(h).flatten(2).transpose(1, 2)                            # (B, pixels, C)
-            h = h + self.attention(q, q, q, need_weights=False)[0].transpose(1, 2).reshape(h.shape)
-            h = self.mid[1](h, emb)
-            for side, block in zip(self.side, self.up):
-                skip, h = skips.pop(), side(h)                 # a sum: to concatenate them doubles the dearest layers
-                h = block(skip + (F.interpolate(h, skip.shape[-2:]) if h.shape != skip.shape else h), emb)
-            h = F.silu(self.norm(h)).float()
-        return F.pixel_shuffle(self.conv_out(h), self.patch)
+            if label is None:
+                label = torch.full((len(x),), -1, device=x.device)
+            emb = emb + self.label(label + 1)  # -1: the first row
+        emb = F.silu(emb)
 
-# ------------------------------------------------------------------------------------ flags, runs, checkpoints
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and every flag with its default."""
+        h = F.pixel_unshuffle(x, self.patch)
+        with torch.autocast(x.device.type, self.dtype, self.dtype != torch.float32):
+            h = self.conv_in(h).contiguous(memory_format=torch.channels_last)
+            skips = []
+            for k, block in enumerate(self.down):
+                h = block(F.avg_pool2d(h, 2) if k > 0 else h, emb)
+                skips.append(h)
+            h = self.mid2(self.attention(self.mid1(h, emb)), emb)
+            for k, (side, block) in enumerate(zip(self.side, self.up)):
+                h = side(h)
+                h = F.interpolate(h, scale_factor=2.0) if k > 0 else h
+                h = block(h + skips.pop(), emb)
+            h = self.conv_out(F.silu(self.norm(h)))
+        return F.pixel_shuffle(h.float(), self.patch)
+
+
+def unet(args, out=None, kind=UNet):
+    """The U-Net of a run's settings."""
+    C = args.shape[0]
+    net = kind(C, args.width, args.patch, args.n_classes, args.dropout, out)
+    net.check(args.shape)
+    return net
+
+
+# ---------------------------------------------------------------------------- the flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, to which a mistake is one sentence."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high=1e9):
+    """An argparse type: an int or a float from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} ... {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def path(text):
+    """An argparse type: a path, ~ being the home folder."""
+    return str(Path(text).expanduser())
+
+
+def device(text):
+    """An argparse type: a device that can be used here."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as e:
+        why = str(e).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({why})") from e
+    return text
+
+
+COUNT = number(int, 1)
+SCALE = number(float, 1e-9)
+SHARE = number(float, 0, 0.999999)
+SEED = number(int, 0, 2**63 - 1)
+BY_DEVICE = {"batch_size": (16, 256), "width": (32, 64), "steps": (10_000, 6_000)}
+CHUNK = {"cpu": 20, "cuda": 500}  # images drawn at once, always so many
+
 
 def arguments(doc):
-    """The flags that all scripts share; --steps, --batch-size, --lr, --ema, to which papers give values, are theirs."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    """The flags that all scripts share; a script adds its papers' own.
+
+    p.settled: kept in a checkpoint for good; p.kept: kept, and changed by the flag; all
+    others belong to one command.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    p = Parser(description=doc, formatter_class=form, allow_abbrev=False)
+    p.kept = p.add_argument_group("kept with the run, and changed by the flag")
+    p.settled = p.add_argument_group("settled when a run starts")
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    add = p.kept.add_argument
+    sets = f"or {', '.join(SETS[1:])}, FOLDER"
+    add("--dataset", type=path, default="digits", help=sets)
+    add("--data-dir", type=path, default="data", help="where data sets are kept")
+    add("--steps", type=COUNT, help="of training (10000, digits 4000; on CUDA 6000)")
+    add("--seed", type=SEED, default=0, help="of all that is random (%(default)s)")
+    add = p.settled.add_argument
+    add("--size", type=COUNT, help="crop a folder's pictures to SIZE pixels squared")
+    add("--batch-size", type=COUNT, help="images a step (16; on CUDA 256)")
+    add("--lr", type=SCALE, default=1e-3, help="largest learning rate (%(default)s)")
+    add("--ema", type=SHARE, default=0.999, help="decay of the average of the weights")
+    add("--width", type=COUNT, help="channels at full resolution (32; on CUDA 64)")
+    add("--patch", type=COUNT, default=1, help="pixels squared seen as one (1)")
+    add("--dropout", type=SHARE, default=0.0, help="in the U-Net's blocks (0)")
+    add("--classes", action="store_true", help="train with labels, one in ten hidden")
     add = p.add_argument
-    add("--dataset", default="digits", help="digits, mnist, fashion-mnist, cifar10, or a folder of pictures")
-    add("--data-dir", default="data", help="where data sets are kept: DIR/mnist/train-images-idx3-ubyte[.gz], ...")
-    add("--size", type=int, help="centre-crop and resize the pictures of a folder to so many pixels squared")
-    add("--out", help="folder of the run: ckpt.pt, log.csv, loss.png, samples.png, ... (None: runs/SCRIPT-DATASET)")
-    add("--resume", action="store_true", help="go on from OUT/ckpt.pt with its settings, as if never stopped")
-    add("--sample-only", action="store_true", help="no training: draw from OUT/ckpt.pt with its settings")
-    add("--overwrite", action="store_true", help="start anew in a folder that already holds a run")
-    add("--width", type=int, default=32, help="channels of the U-Net's finest level, a multiple of 8")
-    add("--patch", type=int, default=1, help="pixels squared that the U-Net sees as one: 2 is faster and coarser")
-    add("--dropout", type=float, default=0.0, help="dropout in the U-Net's blocks")
-    add("--device", default="auto", help="auto (cuda, then mps, then cpu) or the name of one")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the network; auto: bf16 in hardware")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--samples", type=int, default=100, help="images to draw at the end")
-    add("--sample-every", type=int, default=2000, help="steps between grids drawn in training, all from the same noise")
-    add("--save-every", type=int, default=250, help="steps between checkpoints")
-    add("--npz", action="store_true", help="also write OUT/samples.npz: arr_0, uint8 (N, H, W, 3), for FID programs")
-    add("--evaluate", type=int, help="draw at least N images and compare N with the test set: a row of OUT/quality.csv")
-    add("--seed", type=int, default=0, help="of all that is random")
+    add("--out", type=path, help="folder of the run (runs/SCRIPT-DATASET)")
+    add("--resume", action="store_true", help="go on from OUT/ckpt.pt, to the last bit")
+    add("--sample-only", action="store_true", help="draw from OUT/ckpt.pt")
+    add("--overwrite", action="store_true", help="start anew where a run is")
+    add("--device", type=device, default=auto, help="cpu, cuda, ... (%(default)s)")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    add("--samples", type=COUNT, default=100, help="images to draw (%(default)s)")
+    add("--npz", action="store_true", help="also OUT/samples.npz, for --judge and FID")
+    add("--label", type=number(int, 0), help="draw this class only (all in turn)")
     return p
 
-HERE = {"out", "data_dir", "resume", "sample_only", "overwrite", "device", "npz", "evaluate", "evaluate_bound",
-        "strip"}                                                                        # of a command, not of a run
-FIXED = {"dataset", "size", "width", "patch", "dropout", "classes"}                     # not changed after the start
 
-def settings(parser, script, may_be_0=(), not_kept=(), fixed=()):
-    """(args, ckpt): the command line, with --resume and --sample-only over the settings saved in OUT/ckpt.pt (FIXED and
-    fixed may not change; --sample-only does not take not_kept from there). Joins the processes of torchrun. Raises
-    UserError for a folder that holds a run, or a checkpoint that does not fit."""
-    args, ckpt = parser.parse_args(), None
-    args.out = out = args.out or f"runs/{script}-{Path(args.dataset).name}"
+def remembered(parser):
+    """The flags that a checkpoint keeps, as {name: "--flag"}."""
+    actions = parser.kept._group_actions + parser.settled._group_actions
+    return {action.dest: action.option_strings[0] for action in actions}
+
+
+def start(parser, kinds, script, argv=None):
+    """(args, run): the flags, and with --resume or --sample-only the checkpoint in OUT,
+    whose settings win. Joins the processes of torchrun. UserError for contradictions.
+    """
+    args, run = parser.parse_args(argv), None
+    args.out = args.out or f"runs/{script}-{Path(args.dataset).resolve().name}"
+    out = args.out
     if args.resume or args.sample_only:
-        ckpt = load_checkpoint(Path(out) / "ckpt.pt", script)
-        saved = {k: v for k, v in ckpt["args"].items() if k not in HERE.union(not_kept if args.sample_only else ())}
-        parser.set_defaults(**saved, out=out)
-        args = parser.parse_args()
-        for k in FIXED.union(fixed) & saved.keys():
-            require(getattr(args, k) == saved[k], f"--{k} is {saved[k]} in {out}/ckpt.pt: drop it, or change --out")
-    else:
-        require(args.overwrite or not any((Path(out) / f).exists() for f in ("ckpt.pt", "log.csv")),
-                f"{out} already holds a run: go on with --resume, draw with --sample-only, start anew with --overwrite "
-                "or name another --out")
-    for k, v in ((k, v) for k, vs in vars(args).items() for v in (vs if isinstance(vs, list) else [vs])):
-        ok = isinstance(v, (str, bool, type(None))) or 0 < v < (1 if k in ("ema", "dropout") else math.inf)
-        ok = ok or v == 0 and k in ("seed", "dropout", "ema", *may_be_0)
-        require(ok, f"--{k.replace('_', '-')} {v} is out of range")
-    require(not args.evaluate or 10 <= args.evaluate <= 10_000, "--evaluate takes 10 to 10000, all test images")
-    require(not args.evaluate or args.dataset in (*toy.SHA256, "cifar10"), f"--evaluate: {args.dataset} has no labels")
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    args.device = auto if args.device == "auto" else args.device
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {args.device} cannot be used here ({str(e).splitlines()[0]})") from e
-    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:                           # under torchrun
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
-        torch.cuda.set_device(args.device) if "cuda" in args.device else None
-        dist.init_process_group("nccl" if "cuda" in args.device else "gloo")
-        require(args.batch_size % world == 0, f"--batch-size {args.batch_size} is no multiple of the {world} processes")
-    torch.manual_seed(args.seed)                                                      # the network's first weights
-    return args, ckpt
+        run = load_checkpoint(out, kinds)
+        parser.set_defaults(**vars(run.args), out=out)
+        args = parser.parse_args(argv)
+        for action in parser.settled._group_actions:
+            value, flag = getattr(run.args, action.dest), action.option_strings[0]
+            if getattr(args, action.dest) != value:
+                raise UserError(f"{flag} is {value} in {out}/ckpt.pt: drop the flag")
+    elif is_run(out) and not args.overwrite:
+        cures = "--resume goes on, --sample-only draws, --overwrite starts anew"
+        raise UserError(f"{out} holds a run: {cures}, or name another --out")
+    elif not is_run(out) and not is_free(Path(out)):
+        raise UserError(f"{out} holds no run but files of yours: name another --out")
+    args.script, args.remembered = script, [*remembered(parser), "shape", "n_classes"]
+    for name, (cpu, cuda) in BY_DEVICE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, cuda if "cuda" in args.device else cpu)
+            if name == "steps" and "digits" in args.dataset:
+                args.steps = min(args.steps, 4000)
+    join_processes(args)
+    keep_memory()
+    seed_all(args.seed)  # the network's first weights
+    return args, run
 
-def load_checkpoint(path, script=None):
-    """What Run.save wrote (script, args, step, raw, ema, ...), no pickle run. UserError if damaged or another's."""
-    require(Path(path).exists(), f"there is no checkpoint {path}: train first, or name its folder with --out")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        made_by = ckpt["script"]
-    except Exception as e:                        # a damaged file makes torch.load raise any of half a dozen types
-        raise UserError(f"{path} is truncated, damaged or no checkpoint of this project ({type(e).__name__})") from e
-    require(script in (None, made_by), f"{path} was made by {made_by}.py, not by {script}.py: name another --out")
-    return ckpt
 
-FORMAT = torch.contiguous_format, torch.channels_last           # CPU, which is slow to normalise the second, and CUDA
+def join_processes(args):
+    """Under torchrun: one device a process, and a share of the batch for each."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} is no multiple of {world}")
+    if world > 1:
+        cuda = "cuda" in args.device
+        if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if cuda else "gloo")
 
-def has_bf16(device):
-    """Whether the hardware multiplies bfloat16 matrices."""
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return device != "mps" and bool(torch.cuda.is_bf16_supported(False) if "cuda" in device else
-                                    cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 def keep_memory():
-    """Let glibc keep freed memory: to return it and to fetch it again, page by page, is a fifth of a step on a CPU."""
-    if hasattr(libc := ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"):
-        libc.mallopt(-1, 2 ** 30)                                        # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25)           # M_MMAP_THRESHOLD; an old glibc allows less
+    """Let glibc keep freed memory: to fetch it again is a fifth of a step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
-class Run:
-    """All that lies between a paper's loss and the files in OUT. net: the network to train, in bf16, compiled, on many
-    processes as args say; ema: its average, to draw from; draw(net, n, frames): n images in [low, 1] drawn with it,
-    and the frames of the process. ckpt: where to go on. Raises UserError if the loss is not finite."""
-    def __init__(self, args, script, net, draw, ckpt=None, low=0.0):
-        self.args, self.script, self.draw, self.low, self.out = args, script, draw, low, Path(args.out)
-        self.device, self.n, self.seconds, self.rows, self.signal = args.device, 0, 0.0, [], 0
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.print = functools.partial(print, flush=True) if self.rank == 0 else lambda text: None
-        net.bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16(args.device)
-        keep_memory()
-        self.raw = net.to(self.device, memory_format=FORMAT["cuda" in args.device])
-        self.ema = copy.deepcopy(self.raw).eval().requires_grad_(False)
-        self.opt = torch.optim.Adam(self.raw.parameters(), args.lr, fused=True)
-        self.recent = torch.zeros(100, 2, device=self.device)       # loss, gradient norm of the last 100 steps
-        if ckpt:
-            self.n, self.seconds, self.rows = ckpt["step"], ckpt["seconds"], ckpt["rows"]
-            self.recent.copy_(ckpt["recent"])
-            try:
-                [getattr(self, name).load_state_dict(ckpt[name]) for name in ("raw", "ema", "opt")]
-            except (RuntimeError, ValueError) as e:
-                raise UserError(f"{self.out}/ckpt.pt is of another network, perhaps of an earlier version") from e
-        self.raw.compile() or self.ema.compile() if args.compile else None
-        self.net = nn.parallel.DistributedDataParallel(self.raw) if self.world > 1 else self.raw
-        size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
-        self.print(f"net    {size}, {'bf16' if net.bf16 else 'fp32'} on {self.world} x {args.device}")
 
-    def batches(self, images, labels=None):
-        """Yield (x0, label) until args.steps are done: x0 float32 (B, C, H, W) in [low, 1], drawn with replacement. The
-        seed of step n is (args.seed, n, rank): resuming is exact. Ctrl-C and SIGTERM save first; a second one exits."""
-        images, labels = images.to(self.device), None if labels is None else labels.to(self.device)
-        def stop(number, frame):
-            self.signal = number
-            signal.signal(number, handlers[number])
-        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.start, self.since = time.perf_counter(), self.n
-        while self.n < self.args.steps:
-            torch.manual_seed(int(np.random.SeedSequence((self.args.seed, self.n, self.rank)).generate_state(1)[0]))
-            i = torch.randint(len(images), (self.args.batch_size // self.world,), device=self.device)
-            yield images[i].float() * ((1 - self.low) / 255) + self.low, None if labels is None else labels[i]
-        for number in handlers:
-            signal.signal(number, handlers[number])
+def training_data(args, run):
+    """(images, labels) to train on; sets args.shape and args.n_classes.
 
-    def step(self, loss):
-        """One optimizer step: gradient, clipping, learning rate, Adam, EMA; then log, save and draw when it is time."""
-        args, f = self.args, min(1, (self.n + 1) / self.args.steps)
-        loss.backward()
-        for old in self.out.glob("*.*") if self.n == self.rank == 0 else ():      # --overwrite, as a step can be made
-            mine = ("samples", "process.", "log.csv", "loss.png", "ckpt.pt", "quality.csv", "gamma.pt", "bound.csv",
-                    "entropy.", "rate-distortion.", "steps.png", "guidance.png", "interpolate.png", "bits.csv",
-                    "samplers.png", "quality.png")
-            old.unlink() if old.name.startswith(mine) else None
-        norm = nn.utils.clip_grad_norm_(self.raw.parameters(), 1.0)
-        self.opt.param_groups[0]["lr"] = args.lr * min(1, 20 * f) * (1 + math.cos(math.pi * f)) / 2
-        self.opt.step()
-        self.opt.zero_grad()
-        weights, decay = [p.detach() for p in self.raw.parameters()], min(args.ema, (1 + self.n) / (10 + self.n))
-        torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - decay)
-        self.recent[self.n % 100] = torch.stack([loss.detach().float(), norm])
-        self.n += 1
-        last, stop = self.n == args.steps, self.signal
-        if self.world > 1:                                          # many processes must stop at the same step
-            stop = torch.tensor(self.signal, device=self.device)
-            stop = self.n % 10 == 0 and (dist.all_reduce(stop, dist.ReduceOp.MAX) or stop.item())
-        if last or self.n % 100 == 0:
-            self.log()
-        if last or stop or self.n % args.save_every == 0:
-            self.save()
-        began = time.perf_counter()
-        if self.rank == 0 and not last and (self.n % args.sample_every == 0 or self.n == min(100, args.sample_every)):
-            torch.manual_seed(args.seed)                            # every grid starts from the same noise
-            toy.save_picture(toy.grid(self.draw(self.ema, 16, None), self.low), self.out / f"samples_{self.n:06d}.png")
-        self.start += time.perf_counter() - began                   # which is not training
-        if stop:
-            self.print(f"stop   after step {self.n}; go on with --resume --out {self.out}")
-            sys.exit(128 + stop)
+    UserError unless they are of the kind that the run began with.
+    """
+    images, labels = load_images(args.dataset, "train", args.data_dir, args.size)
+    if args.classes and labels is None:
+        raise UserError(f"--classes: no sub-folders in {args.dataset} name the classes")
+    labels = labels if args.classes else None
+    kind = list(images.shape[1:]), 0 if labels is None else int(labels.max()) + 1
+    if run and kind != (run.args.shape, run.args.n_classes):
+        old = run.args.shape, run.args.n_classes  # of other data, or changed ones
+        words = f"{kind[0]}, {kind[1]} classes, the run began with {old[0]}, {old[1]}"
+        raise UserError(f"--dataset {args.dataset} is other data: {words}")
+    args.shape, args.n_classes = kind
+    labels_of(args, torch.zeros(1))  # is there a class --label?
+    return images, labels
 
-    def mean(self):
-        """(loss, gradient norm), means of the last 100 steps over all processes. Raises UserError if not finite."""
-        mean = self.recent[:self.n].mean(0)
-        if self.world > 1:
-            dist.all_reduce(mean)
-        loss, norm = (mean / self.world).tolist()                   # the only wait for the device
-        require(math.isfinite(loss + norm), f"the loss or its gradient is not finite in the steps up to {self.n}; "
-                f"{self.out}/ckpt.pt, if there is one, is of before: lower --lr, or use --precision fp32")
-        return loss, norm
 
-    def log(self):
-        """A line on the screen, a row in log.csv, a new loss.png."""
-        (loss, norm), now, B, steps = self.mean(), time.perf_counter(), self.args.batch_size, self.args.steps
-        rate, self.seconds = (self.n - self.since) / (now - self.start), self.seconds + now - self.start
-        self.start, self.since = now, self.n
-        self.print(f"step   {self.n:6d}/{steps}   loss {loss:.4f} (mean of last {min(100, self.n)})   "
-                   f"{rate * B:.0f} images/s   {(steps - self.n) / rate / 60:.1f} min left")
-        self.rows.append([self.n, loss, norm, self.opt.param_groups[0]["lr"], rate * B, self.seconds / 60])
-        if self.rank == 0:
-            with aside(self.out / "log.csv") as f:
-                f.write(b"step,loss,grad_norm,lr,images_per_s,minutes\n")
-                f.writelines((",".join(f"{v:.8g}" for v in row) + "\n").encode() for row in self.rows)
-            toy.plot(self.out / "loss.png", {"mean of 100 steps": [row[:2] for row in self.rows]}, "step", "loss",
-                 f"{self.script}.py on {Path(self.args.dataset).name}")
-
-    def save(self):
-        """Write OUT/ckpt.pt, all or nothing, unless the loss is not finite."""
-        self.mean()
-        if self.rank == 0:
-            save({"script": self.script, "args": vars(self.args), "step": self.n, "seconds": self.seconds,
-                  "rows": self.rows, "recent": self.recent, "raw": self.raw.state_dict(),
-                  "ema": self.ema.state_dict(), "opt": self.opt.state_dict()}, self.out / "ckpt.pt")
-
-    def counted(self, calls):
-        """The averaged network; the list gets the number of images of every call."""
-        return lambda x, *rest: calls.append(len(x)) or self.ema(x, *rest)
-
-    def finish(self, **facts):
-        """Draw args.samples images, or args.evaluate, with the averaged network: samples.png, process.gif, process.png,
-        samples.npz, a row of quality.csv that begins with the sampler's facts (name=number). Returns them, uint8."""
-        args, frames, chunks, calls = self.args, [], [], []
-        torch.manual_seed(args.seed)
-        start, net = time.perf_counter(), self.counted(calls)
-        for left in range(total := max(args.samples, args.evaluate or 0), 0, -500):
-            chunks.append(self.draw(net, min(left, 500), None if chunks else frames).cpu())
-            seconds = time.perf_counter() - start
-            done = total - max(0, left - 500)
-            self.print(f"draw   {done}/{total} images   {seconds / 60 * (total / done - 1):.1f} min left")
-        x = torch.cat(chunks)
-        require(x.isfinite().all(), "the samples are not finite: let the sampler take smaller steps")
-        self.print(f"drew   {len(x)} images in {seconds:.0f} s, {sum(calls) / len(x):.0f} evaluations of the network "
-                   f"an image; see {self.out}/samples.png")
-        toy.save_picture(toy.grid(x[:100], self.low), self.out / "samples.png")
-        for suffix in ("gif", "png"):
-            toy.save_process(frames, self.out / f"process.{suffix}", self.low)
-        x = toy.to_uint8(x, self.low)
-        if args.npz:
-            with aside(self.out / "samples.npz") as f:
-                np.savez(f, x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
-        if args.evaluate:
-            row = {"step": self.n, "minutes": round(self.seconds / 60, 2), **facts, "evaluations": sum(calls) / len(x),
-                   "s_per_100": round(100 * seconds / len(x), 2), **evaluate(x[:args.evaluate], args)}
-            with open(self.out / "quality.csv", "a", newline="") as f:
-                writer = csv.DictWriter(f, row := {**row, "flags": " ".join(sys.argv[1:])})
-                writer.writeheader() if f.tell() == 0 else None
-                writer.writerow(row)
-        return x
-
-# ---------------------------------------------------------------------------------------------------- quality
-def frechet(a, b):
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared Frechet distance of the normal distributions with
-    the means and covariances of the rows of a and of b (Heusel 2017, eq. 6)."""
-    (m, A), (n, B) = ((x.double().mean(0), x.double().T.cov().view(x.shape[1], -1)) for x in (a, b))
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()          # tr (A B)^(1/2)
-    return ((m - n).square().sum() + A.trace() + B.trace() - 2 * cross).item()
-
-def inside(a, b, k=3):
-    """Share of the rows of b that lie no farther from some row of a than its k-th neighbour in a does: precision for
-    a real and b drawn, recall the other way round (Kynkaanniemi et al. 2019)."""
-    hit = torch.zeros(len(b), dtype=torch.bool)
-    for rows in a.split(1000):
-        radius = torch.cdist(rows, a).kthvalue(k + 1).values             # one of them is the row itself
-        hit |= (torch.cdist(rows, b) <= radius[:, None]).any(0)
-    return hit.double().mean().item()
-
-def nearest(a, b):
-    """Mean distance, over the images a, to the nearest of the images b; both uint8, the distance in units of [0, 1]."""
-    a, b = a.flatten(1) / 255, b.flatten(1) / 255
-    return torch.cat([torch.cdist(rows, b).amin(1) for rows in a.split(500)]).mean().item()
-
-def classifier(name, data_dir="data", device="cpu", epochs=5, batch=128):
-    """The yardstick's eye on a labelled set: net(x) are logits, net[:-1](x) 128 features, for x (B, C, H, W) in [0, 1].
-    Trained once (two minutes on 2 cores) and kept in DATA_DIR/NAME/classifier.pt with a record of what made it."""
-    (images, labels), (test, answers) = (toy.load_images(name, data_dir, split) for split in ("train", "test"))
-    layers, c = [], images.shape[1]
-    for width in (32, 64, 128):
-        layers += [nn.Conv2d(c, c := width, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c, 128), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.Linear(128, int(labels.max()) + 1)).to(device)
-    path = Path(data_dir) / name / "classifier.pt"
-    made_of = {"net": str(net), "epochs": epochs, "batch": batch,
-               "sha256": [hashlib.sha256(a.numpy()).hexdigest() for a in (images, labels, test, answers)]}
+def test_images(args, or_training=False):
+    """The test images of a run's data set, or of a folder, if allowed, the others."""
     try:
-        kept = torch.load(path, map_location=device, weights_only=True)
-        assert kept["made_of"] == made_of
-        net.load_state_dict(kept["net"])
-        return net.eval().requires_grad_(False), kept["accuracy"]
-    except Exception:                         # none, damaged, or of other data: as any cache, it is made again
-        print(f"eye    training the classifier that judges {name}; it is kept in {path}", flush=True)
-    torch.manual_seed(0)
-    net.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
-    opt, order = torch.optim.Adam(net.parameters(), fused=True), [torch.randperm(len(images)) for _ in range(epochs)]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, len(torch.cat(order)) // batch + 2)
-    for i in torch.cat(order).split(batch):
-        x = images[i].roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3)).to(device) / 255
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=has_bf16(device)):
-            F.cross_entropy(net(x), labels[i].to(device)).backward()
-        opt.step(), opt.zero_grad(), schedule.step()
-    net.eval().requires_grad_(False)
-    accuracy = (features(net, test)[1].argmax(1) == answers).double().mean().item()
-    with contextlib.suppress(UserError):                                 # a folder that is read-only keeps nothing
-        save({"made_of": made_of, "accuracy": accuracy, "torch": str(torch.__version__), "net": net.state_dict()}, path)
-    return net, accuracy
+        images, _ = load_images(args.dataset, "test", args.data_dir, args.size)
+    except UserError:
+        if not or_training:
+            raise
+        images, _ = load_images(args.dataset, "train", args.data_dir, args.size)
+    if list(images.shape[1:]) != args.shape or len(images) < 2:
+        raise UserError(f"--dataset {args.dataset} is not of the run's {args.shape}")
+    return images
 
-def features(net, images):
-    """(features (N, 128), logits (N, K)) of uint8 images, on the CPU."""
-    device = next(net.parameters()).device
-    f = torch.cat([net[:-1](x.to(device) / 255).cpu() for x in images.split(500)])
-    return f, net[-1](f.to(device)).cpu()
 
-def evaluate(x, args):
-    """How uint8 images x (N, C, H, W) compare with the test set of args.dataset, as {name: number}, printed in a line.
-    floor: the mean Frechet distance of up to ten sets of N training images. nearest: the distance to the nearest
-    training image over that of test images: 1 is new, 0 a copy."""
-    (images, _), (test, _) = (toy.load_images(args.dataset, args.data_dir, split) for split in ("train", "test"))
-    net, accuracy = classifier(args.dataset, args.data_dir, args.device)
-    N, some = len(x), lambda x, n: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:n]]
-    (f, logits), (real, _) = features(net, x), features(net, test)
-    sets = features(net, some(images, 10 * N))[0].split(N)                           # one alone is off by a quarter
-    floor = float(np.mean([frechet(part, real) for part in sets if len(part) == len(sets[0])]))
-    distance, p, real = frechet(f, real), logits.softmax(1), some(real, N)
-    counts = p.argmax(1).bincount(minlength=p.shape[1])
-    share = counts / counts.sum()
-    near = nearest(x, images) / nearest(some(test, N), images)
-    row = {"images": N, "frechet": distance, "floor": floor, "ratio": distance / floor,
-           "precision": inside(real, f), "recall": inside(f, real), "entropy": -share.xlogy(share).sum().item(),
-           "confidence": p.amax(1).mean().item(), "nearest": near}
-    print("eval   " + "   ".join(f"{k} {v:.4g}" for k, v in row.items()) + f"   classes {counts.tolist()}   "
-          f"(features of a classifier that is right on {100 * accuracy:.2f} % of the test set)")
-    return {**row, "classes": " ".join(map(str, counts.tolist())), "classifier": accuracy}
+def labels_of(args, index):
+    """The labels of images number index: --label, or all classes in turn, or None."""
+    if args.label is not None and args.label >= args.n_classes:
+        raise UserError(f"--label {args.label}: the run knows {args.n_classes} classes")
+    if not args.n_classes:
+        return None
+    label = index % args.n_classes if args.label is None else 0 * index + args.label
+    return label.to(args.device)
 
-# ------------------------------------------------------------------------------------------------------ digits
-def draw_digits(folder, stems):
-    """Draw digits, 60,000 + 10,000 of 28 x 28: Pillow's own font in six stroke widths, blurred, through a random affine
-    map and a smooth elastic warp. Single IEEE operations of numpy only (no BLAS, sin or cos): every machine with the
-    same numpy and Pillow draws the same bytes."""
-    S, chunk, font, glyphs = 136, 500, ImageFont.load_default(102), []   # glyphs (S, S) are 4 times as large
-    for digit, stroke in ((d, s) for d in "0123456789" for s in range(6)):
-        im = Image.new("L", (S, S))
-        ImageDraw.Draw(im).text((S / 2, S / 2), digit, 255, font, "mm", stroke_width=stroke)
-        glyphs.append(np.asarray(im.filter(ImageFilter.GaussianBlur(2.5)), np.float64))
-    ink, u = np.stack(glyphs).ravel(), np.arange(28.0) - 13.5            # u: pixel centres
-    bump = np.square(np.maximum(0, 1 - np.square((u[:, None] - 9 * np.arange(-2, 3)) / 14)))      # (28, 5)
 
-    def draw(seed):
-        rng = np.random.default_rng(seed)
-        uniform = lambda r, *shape: r * (2 * rng.random((2, chunk, *shape)) - 1)                  # two of each
-        label, stroke = rng.integers(10, size=chunk), rng.integers(6, size=chunk)
-        (a, d), (b, c), shift = 1.02 + uniform(0.2, 1, 1), uniform(0.25, 1, 1), uniform(1.5, 1, 1)
-        bend = uniform(1.6, 5, 5)                                        # warp = sum_ij bump_i(y) bump_j(x) bend_ij
-        rows = sum(bump[:, i, None] * bend[:, :, None, i, :] for i in range(5))                   # (2, chunk, 28, 5)
-        warp = shift + sum(rows[..., j, None] * bump[:, j] for j in range(5))                     # (2, chunk, 28, 28)
-        x, y = a * u + (b + 0.1) * u[:, None] + warp[0], 0.5 * c * u + d * u[:, None] + warp[1]
-        x, y = (np.clip(4 * v + S / 2 - 0.5, 0, S - 2.001) for v in (x, y))
-        ix, iy = x.astype(np.int64), y.astype(np.int64)
-        at, fx, fy = ((label * 6 + stroke)[:, None, None] * S + iy) * S + ix, x - ix, y - iy
-        top, bottom = ((1 - fx) * ink[at + s] + fx * ink[at + s + 1] for s in (0, S))             # bilinear
-        return np.minimum(1.15 * ((1 - fy) * top + fy * bottom), 255).round().astype(np.uint8), label.astype(np.uint8)
-    train = stems[0].startswith("train")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = pool.map(draw, ([1 - train, k] for k in range(120 if train else 20)))
-        arrays = [np.concatenate(a) for a in zip(*chunks)]
-    for stem, a in zip(stems, arrays):
-        with aside(folder / stem) as f:
-            f.write(struct.pack(f">HBB{a.ndim}I", 0, 8, a.ndim, *a.shape) + a.tobytes())
-    print(f"data   drew {len(a)} digits into {folder}", flush=True)
+# -------------------------------------------------------------------------------- a run
 
-import toy                                    # last: its laboratory imports the scripts, which import this file
+INSIDE = ("down", "mid", "attention", "side", "up")  # the U-Net's layers under Muon
+MUON = 5.0  # Muon's learning rate, over Adam's
+DAMAGE = LookupError, TypeError, ValueError, AttributeError, RuntimeError
+LOG = ["step", "loss", "grad_norm", "lr", "images_per_s", "minutes"]  # of log.csv
 
-if __name__ == "__main__":
-    import ncsn                               # python common.py --benchmark: images/s of the default network
-    ncsn.common.cli(ncsn.main)
+
+def is_run(folder):
+    """Whether a run of this project lives in the folder: its log.csv says so."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return Path(folder, "log.csv").read_text().startswith(",".join(LOG))
+    return False
+
+
+def is_free(out):
+    """Whether nothing is at the path, or an empty folder."""
+    return not out.exists() or out.is_dir() and not any(out.iterdir())
+
+
+def claim(args):
+    """Begin OUT/log.csv, by which all others know that the folder holds a run."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        for name in ("log.csv", "ckpt.pt"):
+            (out / name).unlink(missing_ok=True)
+    try:
+        with open(out / "log.csv", "x") as f:
+            f.write(",".join(LOG) + "\n")
+    except FileExistsError as e:
+        raise UserError(
+            f"another process began a run in {out}: name another --out"
+        ) from e
+
+
+def load_checkpoint(folder, kinds):
+    """What train() wrote: .script .args .step .rows .saved .net (the averaged network).
+
+    kinds: {script: (flags, network)} of those that will do. No pickle is run. UserError
+    if it is missing, another's, damaged, or does not fit the network of its settings.
+    """
+    path = Path(folder, "ckpt.pt")
+    if not path.exists():
+        raise UserError(f"there is no {path}: train first, or name a run's folder")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        script = str(saved["script"])
+    except Exception as e:  # a damaged file raises any of half a dozen types
+        raise UserError(f"{path} is damaged or no checkpoint of this project") from e
+    if script not in kinds:
+        raise UserError(f"{path} was made by {script}, not by {' or '.join(kinds)}")
+    flags, network = kinds[script]
+    try:
+        args = checked_settings(flags(), saved["args"])
+        net = network(args).eval().requires_grad_(False)
+        for name in ("net", "ema"):
+            check_weights(net.state_dict(), saved[name])
+        opt = Muon(net)
+        check_weights(dict(enumerate(opt.momentum)), dict(enumerate(saved["momentum"])))
+        rest = opt.adam.param_groups[0]["params"]
+        for p, state in zip(rest, saved["adam"].values(), strict=True):
+            check_weights({"step": p.sum(), "exp_avg": p, "exp_avg_sq": p}, state)
+        rows = [list(map(float, row)) for row in saved["rows"]]
+        if [len(row) for row in rows] != [len(LOG)] * len(rows):
+            raise ValueError("its log")
+        step = saved["step"]
+        if type(step) is not int or step < 0:
+            raise ValueError("its step")
+        net.load_state_dict(saved["ema"])
+    except (UserError, *DAMAGE) as e:
+        raise UserError(f"{path} is damaged or of another version: {e}") from e
+    fields = {"script": script, "args": args, "step": step, "rows": rows}
+    return SimpleNamespace(**fields, saved=saved, net=net)
+
+
+def checked_settings(parser, saved):
+    """The settings in a checkpoint, each through argparse's checks again."""
+    argv = []
+    for name, flag in remembered(parser).items():
+        value = saved[name]
+        if value is not None and value is not False:
+            argv.append(flag if value is True else f"{flag}={value}")
+    args = parser.parse_args(argv)
+    for name in remembered(parser):
+        if getattr(args, name) != saved[name]:
+            raise ValueError(f"its {name}")
+    args.shape, args.n_classes = list(saved["shape"]), saved["n_classes"]
+    sizes = [*args.shape, args.n_classes + 1]
+    if len(sizes) != 4 or not all(type(v) is int and 0 < v < 10**5 for v in sizes):
+        raise ValueError("the shape of its images")
+    return argparse.Namespace(**{name: getattr(args, name) for name in saved})
+
+
+def check_weights(wanted, given):
+    """ValueError unless tensors have the names, shapes, types wanted, are finite."""
+    if wanted.keys() != given.keys():
+        raise ValueError("it holds the weights of another network")
+    for name, w in wanted.items():
+        v = given[name]
+        if not torch.is_tensor(v) or (v.shape, v.dtype) != (w.shape, w.dtype):
+            raise ValueError(f"{name} is of another shape or type")
+        if not v.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
+def has_bf16(device):
+    """Whether the hardware multiplies matrices of bfloat16."""
+    if "cuda" in str(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+
+def prepare(net, args):
+    """The network on the command's device, in its precision."""
+    auto = args.precision == "auto" and has_bf16(args.device)
+    bf16 = auto or args.precision == "bf16"
+    net.dtype = torch.bfloat16 if bf16 else torch.float32
+    return net.to(args.device)
+
+
+def full_precision(net):
+    """For likelihoods and bounds: float32 everywhere, TF32 not even on CUDA."""
+    net.dtype = torch.float32
+    torch.backends.cudnn.allow_tf32 = False
+
+
+class Muon:
+    """Muon (Jordan et al. 2024), momentum made orthogonal, for the matrices inside the
+    U-Net (a convolution is one of C_out x 9 C_in), and Adam for all else."""
+
+    def __init__(self, net, beta=0.95):
+        self.beta, self.matrices = beta, {}
+        rest = []
+        for name, p in net.named_parameters():
+            if p.dim() > 1 and name.startswith(INSIDE) and "emb" not in name:
+                self.matrices.setdefault(p.flatten(1).shape, []).append(p)
+            else:
+                rest.append(p)
+        groups = self.matrices.items()
+        self.momentum = [rest[0].new_zeros(len(ps), *shape) for shape, ps in groups]
+        self.adam = torch.optim.Adam(rest, fused=True)
+
+    @torch.no_grad()
+    def step(self, lr, dtype):
+        """One step; the matrices are made orthogonal in this type."""
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        for momentum, (shape, ps) in zip(self.momentum, self.matrices.items()):
+            grad = torch.stack([p.grad.flatten(1) for p in ps])
+            momentum.lerp_(grad, 1 - self.beta)
+            update = orthogonal(grad.lerp(momentum, self.beta).to(dtype))
+            scale = MUON * lr * 0.2 * max(shape) ** 0.5  # Adam's root mean square
+            for p, u in zip(ps, update):
+                p.sub_(u.view_as(p), alpha=scale)
+
+
+def orthogonal(X, steps=5):
+    """Matrices (n, a, b) with singular values brought near 1, by Newton-Schulz."""
+    if X.shape[1] > X.shape[2]:
+        return orthogonal(X.mT, steps).mT
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
+    return X
+
+
+def learning_rate(step, steps, largest):
+    """Up to the largest in the first 5 % of the steps, then a cosine down to 0."""
+    done = (step + 1) / steps
+    return largest * min(1, 20 * done) * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def average(ema, net, decay):
+    """ema <- decay ema + (1 - decay) net."""
+    weights = [p.detach() for p in net.parameters()]
+    torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
+
+
+def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
+    """Muon on loss(net, x0, label); returns the average of the weights, to draw with.
+
+    data: images uint8 (N, C, H, W), labels (N,) or None; x0 (B, C, H, W) in [low, 1].
+    run: a checkpoint to go on from: step n draws everything from (seed, n, rank).
+    preview(ema, n) draws n images; extra: tensors that the loss keeps.
+    UserError if the loss is not finite, before the checkpoint is overwritten.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    net = prepare(net, args)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    opt = Muon(net)
+    first, rows = 0, []
+    if run:
+        first, rows = run.step, run.rows
+        restore(run, net, ema, opt, extra)
+    elif rank() == 0:
+        claim(args)
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    images, labels = [None if part is None else part.to(args.device) for part in data]
+    size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M weights"
+    shape = f"width {args.width}, {args.steps} steps of {args.batch_size} images"
+    say(f"train  {size}, {net.dtype} on {world} x {args.device}, {shape}: {args.out}")
+
+    recent, done, saved, began = [], first, first, time.perf_counter()
+    try:
+        for step in range(first, args.steps):
+            seed_all(args.seed, step, rank())
+            n = args.batch_size // world
+            i = torch.randint(len(images), (n,), device=args.device)
+            x0 = images[i].float() * ((1 - low) / 255) + low
+            l = loss(model, x0, None if labels is None else labels[i])
+            l.backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            lr = learning_rate(step, args.steps, args.lr)
+            opt.step(lr, net.dtype)
+            net.zero_grad()
+            average(ema, net, min(args.ema, (1 + step) / (10 + step)))  # short at first
+            recent.append(torch.stack([l.detach(), norm]))
+            done = step + 1
+            if done % 100 and done < args.steps:
+                continue
+
+            mean = torch.stack(recent).mean(0)
+            if world > 1:
+                dist.all_reduce(mean)
+            mean = (mean / world).tolist()  # the only wait for the device
+            if not math.isfinite(sum(mean)):
+                kept = f"{args.out}/ckpt.pt, if there is one, is of step {saved}"
+                raise UserError(f"the loss is not finite: lower --lr; {kept}")
+            minutes = (time.perf_counter() - began) / 60
+            rate = len(recent) * args.batch_size / minutes / 60
+            left = (args.steps - done) * args.batch_size / rate / 60
+            speed = f"{rate:.0f} images/s   {left:.1f} min left"
+            say(f"step   {done}/{args.steps}   loss {mean[0]:.4f}   {speed}")
+            minutes += rows[-1][5] if rows else 0
+            rows.append([done, *mean, lr, rate, minutes])
+            if rank() == 0:
+                write_log(args.out, rows)
+                if done == 100 or done % 500 == 0 or done == args.steps:
+                    save_checkpoint(args, rows, net, ema, opt, extra)
+                    saved = done
+                if preview and done < args.steps and (done == 100 or done % 2000 == 0):
+                    seed_all(args.seed)
+                    picture = grid(to_uint8(preview(ema, 16), low), cols=4)
+                    save_picture(picture, f"{args.out}/samples_{done:06d}.png")
+            recent, began = [], time.perf_counter()
+    except KeyboardInterrupt:
+        how = f"go on from step {saved} with --resume --out {args.out}"
+        how = how if saved else "nothing was saved yet, start again with --overwrite"
+        raise KeyboardInterrupt(f"stopped in step {done + 1}: {how}") from None
+    return ema
+
+
+def write_log(out, rows):
+    """OUT/log.csv and its picture OUT/loss.png."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([LOG, *[[f"{v:.8g}" for v in row] for row in rows]])
+    with aside(f"{out}/log.csv") as f:
+        f.write(text.getvalue().encode())
+    curve = {"mean of 100 steps": [row[:2] for row in rows]}
+    positive = min(row[1] for row in rows) > 0  # sliced score matching's is not
+    plot(f"{out}/loss.png", curve, "step", "loss", logy=positive)
+
+
+def save_checkpoint(args, rows, net, ema, opt, extra):
+    """Write OUT/ckpt.pt, all or nothing."""
+    settings = {name: getattr(args, name) for name in args.remembered}
+    what = {"script": args.script, "args": settings, "step": rows[-1][0], "rows": rows}
+    what |= {"net": net.state_dict(), "ema": ema.state_dict(), "extra": list(extra)}
+    buffer = io.BytesIO()
+    what |= {"momentum": opt.momentum, "adam": opt.adam.state_dict()["state"]}
+    torch.save(what, buffer)
+    with aside(f"{args.out}/ckpt.pt") as f:
+        f.write(buffer.getbuffer())
+
+
+def restore(run, net, ema, opt, extra):
+    """Put the state of a checkpoint back."""
+    net.load_state_dict(run.saved["net"])
+    ema.load_state_dict(run.saved["ema"])
+    groups = opt.adam.state_dict()["param_groups"]
+    opt.adam.load_state_dict({"state": run.saved["adam"], "param_groups": groups})
+    try:
+        kept = [*run.saved["momentum"], *run.saved["extra"]]
+        for tensor, old in zip([*opt.momentum, *extra], kept, strict=True):
+            tensor.copy_(old.view(tensor.shape))
+    except DAMAGE as e:
+        raise UserError(f"ckpt.pt is damaged or of another version: {e}") from e
+
+
+class Watch:
+    """Watches what a sampler calls: watch(f) is f, its calls counted in .count, and 8
+    of the x of about 30 calls kept in .frames."""
+
+    def __init__(self, calls=30):
+        self.every = max(1, calls // 30)
+        self.count, self.frames = 0, []
+
+    def __call__(self, f):
+        def watched(x, *rest):
+            if self.count % self.every == 0:
+                self.frames.append(x[:8].detach().cpu())
+            self.count += 1
+            return f(x, *rest)
+
+        return watched
+
+
+def finish(args, draw, calls, name="", low=-1.0):
+    """Draw args.samples images by draw(index, watch), in about so many calls each.
+
+    Saves samplesNAME.png, processNAME.gif and .png, with --npz samplesNAME.npz in OUT.
+    Chunks of one size have a seed each: image k does not depend on how many are drawn.
+    """
+    parts, frames, began = [], None, time.perf_counter()
+    chunk = CHUNK["cuda" if "cuda" in args.device else "cpu"]
+    say(f"draw   {args.samples} images, {calls} evaluations of the network each ...")
+    for first in range(0, args.samples, chunk):
+        seed_all(args.seed, first)
+        watch = Watch(calls)
+        x = draw(torch.arange(first, first + chunk), watch)
+        if not x.isfinite().all():
+            raise UserError("the samples are not finite: smaller steps are needed")
+        frames = frames or [*watch.frames, x[:8].cpu()]
+        parts.append(to_uint8(x, low))
+        done, seconds = first + chunk, time.perf_counter() - began
+        if done < args.samples:
+            left = seconds / done * (args.samples - done) / 60
+            say(f"draw   {done}/{args.samples}   {left:.1f} min left")
+    x = torch.cat(parts)[: args.samples]
+    save_picture(grid(x[:100]), f"{args.out}/samples{name}.png")
+    frames = [to_uint8(frame, low) for frame in frames]
+    save_process(frames, f"{args.out}/process{name}")
+    if args.npz:
+        labels = labels_of(args, torch.arange(len(x)))
+        labels = [] if labels is None else labels.tolist()
+        rgb = x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        with aside(f"{args.out}/samples{name}.npz") as f:
+            np.savez(f, arr_0=rgb, labels=labels)
+    cost = f"{watch.count} evaluations each, {seconds:.0f} s"
+    if "cuda" in args.device:
+        cost += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    say(f"saved  {args.out}/samples{name}.png ({len(x)} images, {cost})")
+
+
+# ----------------------------------------------------------------------------- pictures
+
+
+def to_uint8(x, low=-1.0):
+    """Float images in [low, 1] as uint8, rounded and clamped, on the CPU."""
+    return ((x.float() - low) * (255 / (1 - low))).round().clamp(0, 255).byte().cpu()
+
+
+def grid(images, cols=10, pad=2, scale=2):
+    """A Pillow picture of uint8 images (N, C, H, W), row by row."""
+    N, C, H, W = images.shape
+    rows = math.ceil(N / cols)
+    sheet = torch.full((C, rows * (H + pad), cols * (W + pad)), 64, dtype=torch.uint8)
+    for k, image in enumerate(images):
+        y, x = k // cols * (H + pad), k % cols * (W + pad)
+        sheet[:, y : y + H, x : x + W] = image
+    picture = Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).numpy())
+    return ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
+
+
+def save_picture(picture, path, **options):
+    """Write a Pillow picture, all or nothing, in the format of the path's suffix."""
+    with aside(path) as f:
+        picture.save(f, Path(path).suffix[1:], **options)
+
+
+def save_process(frames, path):
+    """Frames of uint8 images (n, C, H, W): a film PATH.gif, and PATH.png in a row."""
+    first, *film = [grid(frame, cols=4, scale=3) for frame in frames]
+    times = {"duration": [80] * len(film) + [2500], "loop": 0}
+    save_picture(first, f"{path}.gif", save_all=True, append_images=film, **times)
+    at = np.linspace(0, len(frames) - 1, min(11, len(frames))).round().astype(int)
+    rows = torch.stack([frames[k][:6] for k in at], dim=1).flatten(0, 1)
+    save_picture(grid(rows, cols=len(at)), f"{path}.png")
+
+
+COLORS = [
+    "#2563eb",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#4b5563",
+    "#8b5a2b",
+]
+
+
+class Axis:
+    """A range of numbers, on a log axis or not: at(v) goes from 0 to 1."""
+
+    def __init__(self, values, log=False):
+        self.scale = math.log10 if log else float
+        known = [self.scale(v) for v in values if self.holds(v)] or [0.0, 1.0]
+        room = 0.04 * (max(known) - min(known)) or 0.5
+        self.low, self.high = min(known) - room, max(known) + room
+        width = self.high - self.low
+        power = 10.0 ** math.floor(math.log10(width))
+        step = next(k * power for k in (0.2, 0.5, 1, 2) if width / (k * power) <= 7)
+        step = max(1, round(step)) if log else step
+        ends = math.ceil(self.low / step), math.floor(self.high / step)
+        at = [k * step for k in range(ends[0], ends[1] + 1)]
+        self.marks = [10**v for v in at] if log else at
+
+    def holds(self, v):
+        return math.isfinite(v) and (v > 0 or self.scale is float)
+
+    def at(self, v):
+        return (self.scale(v) - self.low) / (self.high - self.low)
+
+
+class Panel:
+    """Axes as a Pillow picture for line() and dots(), the legend beside them.
+
+    xs, ys: values that must be visible; right: room for the legend, in pixels.
+    """
+
+    def __init__(self, xs, ys, xlabel="", ylabel="", title="", right=170, **log):
+        W, H = 1440, 900  # twice the size of sheet(), whose lines are smooth
+        self.x = Axis(xs, log.get("logx", False))
+        self.y = Axis(ys, log.get("logy", False))
+        self.box = 150, 80, W - 2 * right, H - 110  # left, top, right, bottom
+        self.font = ImageFont.load_default(26)
+        self.picture = Image.new("RGB", (W, H), "white")
+        self.draw = ImageDraw.Draw(self.picture)
+        self.labels = []
+        left, top, right, bottom = self.box
+        for v in self.x.marks:
+            x = left + self.x.at(v) * (right - left)
+            self.draw.line([x, top, x, bottom], "#e5e7eb", 2)
+            self.text((x, bottom + 12), f"{v:.4g}", "mt")
+        for v in self.y.marks:
+            y = bottom - self.y.at(v) * (bottom - top)
+            self.draw.line([left, y, right, y], "#e5e7eb", 2)
+            self.text((left - 12, y), f"{v:.4g}", "rm")
+        self.draw.rectangle(self.box, outline="#374151", width=2)
+        self.text((left, 40), ylabel, "lm")
+        self.text((right, 40), title, "rm")
+        self.text(((left + right) / 2, H - 30), xlabel, "mm")
+
+    def text(self, at, text, anchor):
+        self.draw.text(at, text, "#111827", self.font, anchor)
+
+    def pixels(self, points):
+        """The pixels of points (x, y, ...); what an axis cannot hold is left out."""
+        left, top, right, bottom = self.box
+        for x, y, *_ in points:
+            if self.x.holds(x) and self.y.holds(y):
+                u = left + self.x.at(x) * (right - left)
+                yield u, bottom - self.y.at(y) * (bottom - top)
+
+    def color(self, label):
+        """The colour of a label, which the legend names; the first without."""
+        if label and label not in self.labels:
+            self.labels.append(label)
+            x, y = self.box[2] + 30, self.box[1] + 40 * len(self.labels) - 20
+            color = COLORS[(len(self.labels) - 1) % len(COLORS)]
+            self.draw.ellipse([x - 9, y - 9, x + 9, y + 9], color)
+            self.text((x + 24, y), label, "lm")
+        return COLORS[self.labels.index(label) % len(COLORS) if label else 0]
+
+    def line(self, points, label=None):
+        """A line through the points (x, y)."""
+        color, path = self.color(label), list(self.pixels(points))
+        if path:
+            self.draw.line(path, color, 5, joint="curve")
+
+    def dots(self, points, label=None, radius=7):
+        """Dots at the points (x, y), or (x, y, error) with bars."""
+        color = self.color(label)
+        for x, y in self.pixels(points):
+            self.draw.ellipse([x - radius, y - radius, x + radius, y + radius], color)
+        for x, y, *error in points:
+            for e in error:
+                bar = list(self.pixels([(x, y - e), (x, y), (x, y + e)]))
+                self.draw.line(bar or [(0, 0)], color, 3)
+
+
+def sheet(panels, cols=1):
+    """Panels of one size in rows, as one picture, at half their size: smooth lines."""
+    W, H = panels[0].picture.size
+    rows = math.ceil(len(panels) / cols)
+    picture = Image.new("RGB", (W * min(cols, len(panels)), H * rows), "white")
+    for k, panel in enumerate(panels):
+        picture.paste(panel.picture, (k % cols * W, k // cols * H))
+    return ImageOps.scale(picture, 0.5, Image.Resampling.LANCZOS)
+
+
+def plot(path, curves, xlabel, ylabel, **options):
+    """Curves {label: [(x, y), ...]} as PNG."""
+    points = [p for curve in curves.values() for p in curve]
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    panel = Panel(xs, ys, xlabel, ylabel, **options)
+    for label, curve in curves.items():
+        panel.line(curve, label)
+        if len(curve) <= 30:
+            panel.dots(curve, label)
+    save_picture(sheet([panel]), path)
