@@ -1,500 +1,680 @@
-"""Data, pictures, and a laboratory in two dimensions, where the score is known and every claim has an exact answer.
+"""A laboratory in the plane: every claim of the papers beside its exact answer.
 
-    python toy.py                # the tour: exact score, learned score, Langevin and annealed Langevin dynamics
-    python toy.py EXPERIMENT     # a picture runs/toy/EXPERIMENT.png, and a table of measured numbers beside exact ones
-    python toy.py all            # every experiment
+Of a mixture of normal distributions density and score are known at all levels of noise.
+An experiment draws OUT/EXPERIMENT.png (dots: measured, lines: exact) and a table: what
+was measured, its standard error, and the exact value where there is one.
+
+    python toy.py                # the tour: exact and learned score, Langevin dynamics
+    python toy.py EXPERIMENT     # one experiment
+    python toy.py all            # every experiment, three minutes of one core
 """
-import argparse, gzip, hashlib, http.client, io, itertools, math, os, socket, struct, tarfile, time
-import urllib.request, zlib
+
+import argparse
+import itertools
+import math
+import time
+from functools import partial
 from pathlib import Path
+
 import numpy as np
 import torch
-import torch.distributions as D
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw
+from torch import nn
+
 import common
 import ddpm
 import inpaint
 import ncsn
 import sde
+from common import Panel, geometric_sigmas, say
 
-# ------------------------------------------------------------------------------------------------- image sets
-FILES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
-SHA256 = {"digits": [None] * 4, "mnist": """                                   of the FILES, decompressed
-              ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db
-              65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5
-              0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7
-              ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2""".split()[-4:], "fashion-mnist": """
-              c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888
-              bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9
-              5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b
-              0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34""".split()}
-MD5 = {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}         # as published
-MIRRORS = {
-    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"],
-    "fashion-mnist": ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                      "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"],
-    "cifar10": ["https://www.cs.toronto.edu/~kriz/",
-                "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/"]}
+# ----------------------------------------------------------------- data: points (n, d)
 
-def load_images(name, data_dir="data", split="train", size=None):
-    """uint8 images (N, C, H, W) and int64 labels (N,) of a named set, or of a folder of pictures (labels None).
-    What is missing is drawn (digits) or downloaded. Raises UserError naming the file and the cure."""
-    if name not in (*SHA256, "cifar10"):
-        return read_folder(Path(name), size), None
-    common.require(not size, f"--size is for a folder of pictures; {name} has its own")
-    folder, files, arrays = Path(data_dir) / name, {"train": slice(0, 2), "test": slice(2, 4)}[split], []
-    if name == "cifar10":
-        rows = torch.tensor(read(folder / "cifar-10-binary.tar.gz", parse_cifar10, split))
-        return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
-    for stem, sha256 in zip(FILES[files], SHA256[name][files]):
-        names = [n + gz for n in (stem, stem.replace("-idx", ".idx")) for gz in ("", ".gz")]
-        path = next((folder / n for n in names if (folder / n).exists()), folder / names[name != "digits"])
-        if name == "digits" and not path.exists():
-            common.draw_digits(folder, FILES[files])
-        arrays.append(torch.tensor(read(path, parse_idx, sha256)))
-    return arrays[0][:, None], arrays[1].long()
-
-def read(path, parse, *options):
-    """parse(bytes of PATH, decompressed, *options), after a download if it is missing. UserError if it is damaged."""
-    if not path.exists():
-        download(path, parse, *options)
-    try:
-        raw = path.read_bytes()
-        return parse(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw, *options)
-    except (EOFError, OSError, zlib.error, struct.error, tarfile.TarError, KeyError, ValueError, common.UserError) as e:
-        raise common.UserError(f"{path} is truncated, damaged or another file ({e}); delete it and run again") from e
-
-def parse_idx(raw, sha256):
-    """uint8 array of an IDX file."""
-    zeros, kind, ndim = struct.unpack_from(">HBB", raw)
-    data = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(struct.unpack_from(f">{ndim}I", raw, 4))
-    common.require((zeros, kind) == (0, 8), "not an IDX file of bytes")
-    common.require(sha256 in (None, hashlib.sha256(raw).hexdigest()), "wrong checksum")
-    return data
-
-def parse_cifar10(raw, split):
-    """(N, 3073) labels and images in CIFAR-10's binary archive, read in place and never extracted."""
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-        files = {Path(m.name).name: tar.extractfile(m).read() for m in tar if Path(m.name).name in names}
-    return np.frombuffer(b"".join(files[n] for n in names), np.uint8).reshape(-1, 3073)
-
-def download(path, parse, *options):
-    """Fetch PATH from a mirror of its folder, each tried twice, and try to read it. UserError names the addresses."""
-    part, tried, mib = Path(f"{path}.{os.getpid()}.part"), [], 2 ** 20
-    socket.setdefaulttimeout(30)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for url in [mirror + path.name for mirror in MIRRORS[path.parent.name] * 2]:
-        try:
-            urllib.request.urlretrieve(url, part, lambda k, block, total: print(
-                f"\rfetch  {url} {min(k * block, total) / mib:.1f} of {total / mib:.1f} MiB", end="", flush=True))
-            print()
-            common.require(MD5.get(path.name) in (None, hashlib.md5(part.read_bytes()).hexdigest()), "wrong checksum")
-            read(part, parse, *options)
-            return part.replace(path)
-        except (OSError, http.client.HTTPException, common.UserError) as e:
-            tried.append(f"{url} ({e})")
-        finally:
-            part.unlink(missing_ok=True)
-    raise common.UserError(f"cannot download {path.name}; put it into {path.parent} by hand. Tried: {', '.join(tried)}")
-
-# --------------------------------------------------------------------------------------------------- pictures
-def read_picture(path, size=None):
-    """A picture as a Pillow image, L if it is grey, else RGB; transparent becomes white; SIZE: cropped to a square.
-    Raises UserError if it cannot be read."""
-    try:
-        im = ImageOps.exif_transpose(Image.open(io.BytesIO(Path(path).read_bytes())))
-        if im.mode.startswith("I"):                                      # 16-bit grey, which convert() would clip
-            im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
-        common.require(im.mode != "F", "its pixels are floats of unknown range")
-        mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
-        if im.has_transparency_data:
-            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-        im = im.convert(mode)
-    except (OSError, SyntaxError, ValueError, common.UserError, Image.DecompressionBombError) as e:
-        raise common.UserError(f"cannot read the picture {path} ({e}); remove it or give another one") from e
-    return ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS) if size else im
-
-def read_folder(folder, size=None):
-    """All pictures below FOLDER (N, C, H, W): one channel if all are grey, else RGB. UserError names a bad one."""
-    names = ", ".join(SHA256)
-    common.require(folder.is_dir(), f"--dataset {folder} is neither {names}, cifar10 nor a folder of pictures")
-    pictures = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.registered_extensions()):
-        pictures.append(read_picture(path, size))
-        same = pictures[-1].size == pictures[0].size
-        common.require(same, f"{path} is not of the first one's size: give --size, say 32")
-    common.require(pictures, f"the folder {folder} holds no picture that Pillow can read")
-    mode = "L" if all(im.mode == "L" for im in pictures) else "RGB"
-    images = torch.from_numpy(np.stack([np.asarray(im.convert(mode)) for im in pictures]))
-    return images[:, None] if mode == "L" else images.permute(0, 3, 1, 2).contiguous()
-
-def to_uint8(x, low=0.0):
-    """Float images in [low, 1] as uint8, rounded and clamped."""
-    return ((x.float() - low) * (255 / (1 - low))).round().clamp(0, 255).byte().cpu()
-
-def grid(images, low=0.0, cols=None, pad=2, size=600):
-    """A Pillow picture of N images (C, H, W) in [low, 1], row by row, enlarged by a whole number to about SIZE."""
-    images = to_uint8(images, low)
-    N, C, H, W = images.shape
-    cols = cols or math.ceil(N ** 0.5)
-    images = F.pad(torch.cat([images, images.new_zeros(-N % cols, C, H, W)]), (0, pad, 0, pad), value=64)
-    sheet = images.view(-1, cols, C, H + pad, W + pad).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    sheet = F.pad(sheet, (pad, 0, pad, 0), value=64).permute(1, 2, 0).squeeze(2).numpy()
-    return ImageOps.scale(Image.fromarray(sheet), max(1, round(size / sheet.shape[1])), Image.Resampling.NEAREST)
-
-def save_picture(picture, path, **options):
-    """Write a Pillow picture, all or nothing, in the format of the path's suffix."""
-    with common.aside(path) as f:
-        picture.save(f, Path(path).suffix[1:], **options)
-
-def save_process(frames, path, low=0.0, rows=6, columns=11):
-    """K frames of N images (C, H, W) each: a .gif plays 16 of them; a .png has one a row, time to the right."""
-    if Path(path).suffix == ".gif":
-        first, *rest = (grid(f[:16], low, size=300) for f in frames)
-        return save_picture(first, path, save_all=True, append_images=rest, duration=[80] * len(rest) + [2500], loop=0)
-    shown = [frames[round(k)][:rows] for k in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
-    save_picture(grid(torch.stack(shown, dim=1).flatten(0, 1), low, cols=len(shown)), path)
-
-COLORS = ["#2563eb", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b5563", "#8b5a2b"]   # for all eyes
-SHADES = [(255, 255, 255), (219, 234, 254), (147, 197, 253), (37, 99, 235), (23, 37, 84)]   # of a heat map, 0 to 1
-
-def axis(values, log, margin):
-    """(function from a value to 0 ... 1, values to mark) of an axis that holds the values and a margin."""
-    low, high = min(values, default=1), max(values, default=10)
-    if low == high:
-        low, high = (low / 2, low * 2) if log else (low - abs(low) - 1, low + abs(low) + 1)
-    f, exponent = (math.log10 if log else float), math.floor(math.log10(high / low if log else high - low))
-    marks = [m * 10.0 ** k for k in range(-12, 13) for m in ((1,) if exponent > 1 else (1, 2, 5))]
-    if not log:
-        step = min((m for m in marks if m >= (high - low) / 6), default=high - low)
-        marks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    a, b = (1 + margin) * f(low) - margin * f(high), (1 + margin) * f(high) - margin * f(low)
-    return lambda v: (f(v) - a) / (b - a), [m for m in marks if low <= m <= high]
-
-def panel(marks, xlabel="", ylabel="", title="", logx=False, logy=False, box=None, size=(1440, 900)):
-    """Axes as a Pillow picture, with marks (kind, label, points): line (x, y); curve, a line with its points; dots
-    (x, y) or (x, y, error); arrows (x, y, dx, dy); heat: values (n, n) from 0 to 1 over a box (low, high)^2.
-    Points that are not finite, outside the box, or not positive on a log axis are left out."""
-    (W, H), large, small = size, ImageFont.load_default(30), ImageFont.load_default(26)
-    draw = ImageDraw.Draw(picture := Image.new("RGB", (W, H), "white"))
-    ok = lambda v, log: math.isfinite(v) and (v > 0 or not log) and (box is None or box[0] <= v <= box[1])
-    marks = [(kind, label, p if kind == "heat" else [q for q in torch.as_tensor(p).tolist() if
-              ok(q[0], logx) and ok(q[1], logy)]) for kind, label, p in marks]
-    points = [q for kind, _, p in marks if kind != "heat" for q in p]
-    fx, xs = axis(box or [q[0] for q in points], logx, 0 if box else 0.03)
-    fy, ys = axis(box or [q[1] + k * sum(q[2:3]) for q in points for k in (logy - 1, 1)], logy, 0 if box else 0.03)
-    left = 44 + round(max((small.getlength(f"{v:g}") for v in ys), default=0))
-    right, top, bottom, k, color = W - 40, 80, H - (120 if xlabel else 70), 0, COLORS[0]
-    high = [fx(q[0]) for q in points if fy(q[1]) > 0.6]                  # the legend goes where there are fewer
-    legend, side, align = (left, 1, "lm") if sum(x > 0.5 for x in high) > len(high) / 2 else (right, -1, "rm")
-    px, py = lambda v: left + fx(v) * (right - left), lambda v: bottom - fy(v) * (bottom - top)
-    for at, text, anchor in [((px(v), bottom + 12), f"{v:g}", "mt") for v in xs] + \
-            [((left - 14, py(v)), f"{v:g}", "rm") for v in ys]:
-        draw.line((at[0], top, at[0], bottom) if anchor == "mt" else (left, at[1], right, at[1]), "#e5e7eb", 2)
-        draw.text(at, text, "#374151", small, anchor)
-    for kind, label, p in marks:
-        color = COLORS[k % len(COLORS)] if label else color          # without a label: the last one's colour
-        if kind == "heat":
-            at, value = np.linspace(0, 1, len(SHADES)), torch.as_tensor(p).numpy()
-            rgb = np.stack([np.interp(value, at, c) for c in zip(*SHADES)], -1).round().astype(np.uint8)
-            rgb = Image.fromarray(rgb).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
-            picture.paste(rgb, (left, top))
-        elif kind in ("line", "curve"):
-            draw.line([(px(q[0]), py(q[1])) for q in p] or [(0, 0)], color, 5, joint="curve")
-        for x, y, u, v in p if kind == "arrows" else []:
-            at = lambda along, across: (px(x + along * u - across * v), py(y + along * v + across * u))
-            draw.line([at(0, 0), at(0.9, 0)], color, 4)
-            draw.polygon([at(1, 0), at(0.65, 0.22), at(0.65, -0.22)], color)
-        for x, y, *e in p if kind == "dots" or kind == "curve" and len(p) <= 30 else []:
-            r = 7 if len(p) <= 100 else 3
-            draw.ellipse([px(x) - r, py(y) - r, px(x) + r, py(y) + r], color)
-            draw.line([px(x), py(y if logy and y <= e[0] else y - e[0]), px(x), py(y + e[0])], color, 3) if e else None
-        if label:
-            y, k = top + 34 + 40 * k, k + 1
-            draw.text((legend + side * 84, y), label, "#111827", small, align, stroke_width=6, stroke_fill="white")
-            x, (half, thick) = legend + side * 45, (7, 7) if kind == "dots" else (25, 3)
-            draw.rounded_rectangle([x - half, y - thick, x + half, y + thick], thick, color)
-    draw.rectangle([left, top, right, bottom], outline="#374151", width=2)
-    for at, text, anchor in (((left, 40), ylabel, "lm"), ((right, 40), title, "rm"), ((W / 2, H - 34), xlabel, "mm")):
-        draw.text(at, text, "#111827", large, anchor)
-    return picture
-
-def figure(path, panels):
-    """Panels, options of panel(), in up to three columns; drawn twice as large and shrunk, which smooths the lines."""
-    cols = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
-    W, H = [(1440, 900), (880, 800), (600, 580)][cols - 1]
-    sheet = Image.new("RGB", (W * cols, H * math.ceil(len(panels) / cols)), "white")
-    for k, options in enumerate(panels):
-        sheet.paste(panel(**options, size=(W, H)), (k % cols * W, k // cols * H))
-    save_picture(sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS), path)
-
-def plot(path, curves, xlabel, ylabel, title="", **log):
-    """A line plot {label: [(x, y), ...]} as PNG."""
-    marks = [("curve", *c) for c in curves.items()]
-    figure(path, [{"marks": marks, "xlabel": xlabel, "ylabel": ylabel, "title": title, **log}])
-
-# ------------------------------------------------- the laboratory: points are images of d channels, (n, d, 1, 1)
-image = lambda x: torch.as_tensor(x)[..., None, None]                      # points (n, d) as images
 
 class Mixture:
-    """sum_k w_k N(m_k, v I): a data set whose density and score are known, also at noise sigma: v + sigma^2 for v."""
+    """sum_k w_k N(m_k, v I), w (K,), m (K, d), of which density and score are known.
+
+    sigma, a number or (n,): at that level of noise, v + sigma^2 instead of v.
+    """
+
     def __init__(self, w=(0.2, 0.8), m=((1.0, 1.0), (-1.0, -1.0)), v=0.1):
-        self.w, self.m, self.v = torch.as_tensor(w), image(m), v           # (K,), (K, d, 1, 1)
+        self.w, self.m, self.v = torch.as_tensor(w), torch.as_tensor(m), v
 
     def __call__(self, n):
         m = self.m[self.w.multinomial(n, replacement=True)]
-        return m + self.v ** 0.5 * torch.randn_like(m)
+        return m + self.v**0.5 * torch.randn_like(m)
 
     def parts(self, x, sigma=0.0):
-        """log w_k N(x; m_k, (v + sigma^2) I), (n, K), and v + sigma^2, for sigma a number or (n,)."""
+        """(log w_k N(x; m_k, (v + sigma^2) I), (n, K), and v + sigma^2)."""
         v = self.v + torch.as_tensor(sigma).to(x).view(-1, 1) ** 2
-        square = (x[:, None] - self.m.to(x)).square().sum((2, 3, 4))
-        return self.w.to(x).log() - square / (2 * v) - x[0].numel() / 2 * (2 * math.pi * v).log(), v
+        square = (x[:, None] - self.m.to(x)).square().sum(2)
+        log_z = x.shape[1] / 2 * (2 * math.pi * v).log()
+        return self.w.to(x).log() - square / (2 * v) - log_z, v
 
     def log_density(self, x, sigma=0.0):
         return self.parts(x, sigma)[0].logsumexp(1)
 
-    def score(self, x, sigma=0.0, label=None):
-        """grad log density; with labels (n,), of the one normal distribution that each names."""
+    def score(self, x, sigma=0.0):
         parts, v = self.parts(x, sigma)
-        p = parts.softmax(1) if label is None else F.one_hot(label, len(self.w)).to(x)
-        return ((p @ self.m.to(x).flatten(1)).view_as(x) - x) / v[..., None, None]
+        return (parts.softmax(1) @ self.m.to(x) - x) / v
 
     def net(self, x, log_sigma, label=None):
         """The exact network: sigma times the score."""
-        return log_sigma.exp().view(-1, 1, 1, 1) * self.score(x, log_sigma.exp(), label)
+        return log_sigma.exp().view(-1, 1) * self.score(x, log_sigma.exp())
 
-def cut(n):
-    """A standard normal distribution cut in two, the halves moved one unit apart."""
-    return image((x := torch.randn(n, 2)) + x.sign() * torch.tensor([0.5, 0]))
+
+MIX = Mixture()
+MODES = Mixture((0.8, 0.2), ((5.0, 5.0), (-5.0, -5.0)), 1.0)  # of the NCSN paper
+LADDER = geometric_sigmas(10, 0.1, 10).tolist()
+
 
 def heart(n):
     """Uniform where (x^2 + y^2 - 1)^3 < x^2 y^3."""
-    x, y = torch.rand(2, 4 * n + 100) * 2.6 - 1.3
-    return image(torch.stack([x, y], 1)[(x ** 2 + y ** 2 - 1) ** 3 < x ** 2 * y ** 3][:n])
+    x = torch.rand(4 * n + 100, 2) * 2.6 - 1.3
+    return x[~outside(x, heart)][:n]
+
+
+def spiral(turn):
+    angle = math.pi * turn
+    return torch.cat([angle.cos(), angle.sin()], 1) * angle / 7
+
 
 def swiss_roll(n):
-    """A spiral of one and a half turns, with a little noise."""
-    angle = math.pi * (1.5 + 3 * torch.rand(n, 1))
-    return image(torch.cat([angle.cos(), angle.sin()], 1) * angle / 7 + 0.05 * torch.randn(n, 2))
+    """A spiral of one and a half turns, with noise of deviation 0.05."""
+    return spiral(1.5 + 3 * torch.rand(n, 1)) + 0.05 * torch.randn(n, 2)
+
 
 def checkerboard(n):
     """Uniform on every other square of a board of 4 x 4."""
     x = 4 * torch.rand(n) - 2
-    return image(torch.stack([x, torch.rand(n) + 2 * torch.randint(2, (n,)) - 2 + x.floor() % 2], 1))
+    y = torch.rand(n) + 2 * torch.randint(2, (n,)) - 2 + x.floor() % 2
+    return torch.stack([x, y], 1)
 
-fourier = lambda u: torch.view_as_real((1j * u[:, None] * torch.tensor([0.25, 0.5, 1, 2])).exp()).flatten(1)
 
-class Net(torch.nn.Module):
-    """net(x, log sigma, label=None): the scripts' U-Net in small; told(log sigma) is what it is told of the noise."""
-    def __init__(self, d=2, width=128, told=fourier):
+def outside(points, data):
+    """Which points lie where no data are; of the swiss roll: 4 deviations from it."""
+    x, y = points.T
+    if data is heart:
+        return (x**2 + y**2 - 1) ** 3 >= x**2 * y**3
+    if data is checkerboard:
+        return ((x.floor() + y.floor()) % 2 == 1) | (points.abs().amax(1) > 2)
+    curve = spiral(torch.linspace(1.5, 4.5, 2000)[:, None])
+    return torch.cdist(points, curve).amin(1) > 0.2
+
+
+def energy(x, y):
+    """2 E|x - y| - E|x - x'| - E|y - y'|, without bias: 0 for equal distributions."""
+
+    def total(a, b):
+        return torch.cdist(a, b).sum().item() / len(a)
+
+    within = total(x, x) / (len(x) - 1) + total(y, y) / (len(y) - 1)
+    return 2 * total(x, y) / len(y) - within
+
+
+def chi2(x, y, box, cells=16):
+    """chi^2 per degree of freedom of the counts of n and n points in the cells of
+    (-box, box)^2: 1 on average for equal distributions."""
+    a = torch.histogramdd(x, [cells, cells], range=[-box, box] * 2)[0]
+    b = torch.histogramdd(y, [cells, cells], range=[-box, box] * 2)[0]
+    used = a + b > 0
+    return ((a - b) ** 2 / (a + b))[used].sum().item() / (used.sum().item() - 1)
+
+
+# -------------------------------------------------------------------------- the network
+
+
+class Net(nn.Module):
+    """net(x, log sigma, label=None) = sigma s(x, sigma): the U-Net in small.
+
+    D = c_skip x + c_out F (EDM, table 1). F sees sines of x, each as high as noise
+    leaves it, exp(-(w sigma)^2 / 2): edges stay sharp. Four more tell it log sigma.
+    """
+
+    def __init__(self, d=2, width=128, waves=6):
         super().__init__()
-        sizes, self.told = (d + told(torch.zeros(1)).shape[1], width, width), told
-        layers = [f for k in sizes for f in (torch.nn.Linear(k, width), torch.nn.SiLU())]
-        self.layers = torch.nn.Sequential(*layers, torch.nn.Linear(width, d))
+        self.w, self.v = 2.0 ** torch.arange(waves), torch.tensor([0.25, 0.5, 1, 2])
+        sizes = [d + 2 * waves * d + 8, width, width, width]
+        layers = []
+        for n_in, n_out in itertools.pairwise(sizes):
+            layers += [nn.Linear(n_in, n_out), nn.SiLU()]
+        self.F = nn.Sequential(*layers, nn.Linear(width, d))
 
     def forward(self, x, log_sigma, label=None):
-        sigma = log_sigma.exp().view(-1, 1, 1, 1)
-        c = 1 / (1 + sigma ** 2).sqrt()
-        more = self.layers(torch.cat([(c * x).flatten(1), self.told(log_sigma)], 1)).view_as(x)
-        return c * (more - sigma * c * x)              # the exact one of N(0, I), and c times more (EDM, eq. 7)
+        sigma = log_sigma.exp().view(-1, 1)
+        c_in = 1 / (sigma**2 + 0.5).sqrt()  # data of variance 0.5
+        angle = (c_in * x)[:, :, None] * self.w  # (n, d, waves)
+        height = (-((c_in * sigma * self.w) ** 2) / 2).exp()[:, None]
+        waves = torch.cat([height * angle.cos(), height * angle.sin()], 1).flatten(1)
+        turn = log_sigma[:, None] * self.v
+        out = self.F(torch.cat([c_in * x, waves, turn.cos(), turn.sin()], 1))
+        return c_in * (0.5**0.5 * out - sigma * c_in * x)  # (D - x) / sigma
+
 
 def fit(net, loss, steps=2000):
-    """The network after so many steps of Adam on loss(net), with a learning rate that rises and falls to 0."""
+    """The network after so many steps of Adam on loss(net)."""
     opt = torch.optim.Adam(net.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, steps, pct_start=0.05)
-    for _ in range(steps):
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = common.learning_rate(step, steps, 8e-3)
         loss(net).backward()
-        opt.step(), opt.zero_grad(), schedule.step()
+        opt.step()
+        opt.zero_grad()
     return net.requires_grad_(False)
 
-def trained(data, sigma_max, sigma_min, L=100, steps=2000):
-    """The network of ncsn.loss on L levels."""
-    sigma = common.geometric_sigmas(sigma_max, sigma_min, L).float()
-    return fit(Net(), lambda net: ncsn.loss(net, data(512), sigma), steps)
 
-score = lambda net: lambda x, sigma: ncsn.score(net, x, torch.full((len(x),), float(sigma)))       # sigma: a number
+def trained(data, sigma_max, sigma_min, steps=2000, waves=6):
+    """The s(x, sigma) that ncsn.loss learns on 1000 levels."""
+    sigma, net = geometric_sigmas(sigma_max, sigma_min, 1000).float(), Net(waves=waves)
+    fit(net, lambda net: ncsn.loss(net, data(512), sigma), steps)
+    return partial(s_theta, net)
 
-def anneal(net, x, sigma, r, T, **options):
-    """ncsn.py's annealed Langevin dynamics with T steps a = r sigma^2 on each of the levels sigma, a list."""
-    return ncsn.sample(net, x, sigma := torch.tensor(sigma), 2 * r * sigma[-1] ** 2, [T] * len(sigma), **options)
 
-def compare(samples, data, n=2000):
-    """Rows with the energy distances of {label: points} to n data, means over sets of n, beside the mean of ten pairs
-    of sets of data, whose deviation stands for the standard error."""
-    real = torch.tensor([ncsn.energy(data(n), data(n)) for _ in range(10)])
-    mean = lambda x: sum(ncsn.energy(part, data(n)) for part in x.split(n)) * n / len(x)
-    return [(f"energy distance, {k}", mean(x), real.std().item(), real.mean().item()) for k, x in samples.items()]
+def s_theta(net, x, sigma):
+    """The plain score s(x, sigma) of a network; sigma a number."""
+    return ncsn.score(net, x, torch.as_tensor(sigma).to(x).expand(len(x)))
+
+
+def s_sde(s, process, x, t):
+    """s(x, sigma) as the score(x(t), t) of an SDE: at x(t) / a, sigma = s / a."""
+    a, deviation = process.kernel(t)
+    return s(x / a, deviation / a) / a
+
+
+def eps_theta(s, abar, x, t):
+    """s(x, sigma) as the eps_theta(x_t, t) of DDPM: -sigma s at x_t / sqrt(abar_t)."""
+    sigma = ((1 - abar[t]) / abar[t]).sqrt()
+    return -sigma * s(x / abar[t].sqrt(), sigma)
+
+
+def anneal(s, x, sigma, r, T, denoise=False):
+    """ncsn.sample with T steps a = r sigma^2 on each of the levels sigma, a list."""
+    sigma = torch.tensor(sigma, dtype=torch.float64)
+    return ncsn.sample(s, x, sigma, 2 * r * sigma[-1].item() ** 2, T, denoise)
+
+
+def uniform(n):
+    """Points of (-8, 8)^2."""
+    return 16 * torch.rand(n, 2) - 8
+
+
+def right(x):
+    """1 in the upper right half of the plane, else 0."""
+    return (x.sum(1) > 0).double()
+
+
+# ---------------------------------------------------------------- tables, and pictures
+
 
 def row(label, values, exact=math.nan):
-    """A row of a table, (label, measured, its standard error, exact), of independent values."""
+    """(label, mean, its standard error, exact) of independent values."""
     values = torch.as_tensor(values, dtype=torch.float64).flatten()
-    return label, values.mean().item(), values.std().item() / len(values) ** 0.5, float(exact)
+    error = values.std().item() / len(values) ** 0.5
+    return label, values.mean().item(), error, float(exact)
+
 
 def agree(label, a, b, exact=1.0):
-    """A row: slope of the scores a on b; their relative distance goes into the label."""
-    norm, slope = b.square().sum(), (a * b).sum() / b.square().sum()
+    """A row: slope of the scores a on b; the label gets their relative distance."""
+    norm = b.square().sum()
+    slope = (a * b).sum() / norm
     error = ((a - slope * b).square().sum() / norm / len(a)).sqrt()
-    return f"{label}: distance {((a - b).square().sum() / norm).sqrt():.3f}, slope", slope.item(), error.item(), exact
+    distance = ((a - b).square().sum() / norm).sqrt()
+    return f"{label}: distance {distance:.3f}, slope", slope.item(), error.item(), exact
 
-def sweep(x, y, xs, ways, f, exact, **options):
-    """A panel and rows of {label: way}: dots are the means of f(way, x), with two standard errors; the line is exact, a
-    number or exact(way, x), or where nothing is known (nan) joins the dots."""
-    marks, rows = [], []
+
+def sweep(x, y, xs, ways, f, exact=math.nan, ys=(), **options):
+    """A panel and rows of {label: way}: dots are means of f(way, x), with two standard
+    errors; the line is exact(way, x), a number, or (nan) joins the dots; ys: shown."""
+    lines, dots, rows = {}, {}, []
     for label, way in ways.items():
-        part = [row(f"{y}, {label}, {x} = {v:g}", f(way, v), exact(way, v) if callable(exact) else exact) for v in xs]
-        line = [(v, mean if math.isnan(known) else known) for v, (_, mean, _, known) in zip(xs, part)]
-        dots = [(v, mean, 2 * error) for v, (_, mean, error, _) in zip(xs, part)]
-        marks, rows = marks + [("line", label, line), ("dots", "", dots)], rows + part
-    return {"marks": marks, "xlabel": x, "ylabel": y, **options}, rows
+        lines[label], dots[label] = [], []
+        for v in xs:
+            known = exact(way, v) if callable(exact) else exact
+            rows.append(row(f"{y}, {label}, {x} = {v:.3g}", f(way, v), known))
+            _, mean, error, known = rows[-1]
+            lines[label].append((v, mean if math.isnan(known) else known))
+            dots[label].append((v, mean, 2 * error))
+            ys = [*ys, known, mean - 2 * error, mean + 2 * error]
+    panel = Panel(xs, ys, x, y, **options)
+    for label in ways:
+        panel.line(lines[label], label)
+        panel.dots(dots[label], label)
+    return panel, rows
 
-def join(*parts):
+
+def join(*sweeps):
     """The panels and all rows of several sweeps."""
-    panels, rows = zip(*parts)
-    return list(panels), sum(rows, [])
+    panels, rows = zip(*sweeps)
+    return list(panels), [*itertools.chain(*rows)]
 
-right = lambda x: (x.sum((1, 2, 3)) > 0).double()                          # 1 in the upper right half of the plane
 
-def density(title, x, exact, low, high):
-    """A panel of the histogram of numbers x, with two standard errors, and of the exact density."""
-    counts, at, unit = torch.histc(x, 40, low, high), torch.linspace(low, high, 81), 40 / (high - low) / len(x)
-    dots = torch.stack([at[1::2], counts * unit, 2 * counts.sqrt() * unit], 1)
-    return {"title": title, "marks": [("line", "exact", torch.stack([at, exact(at)], 1)), ("dots", "drawn", dots)]}
+def density(title, x, data, low, high, sigma=0.0):
+    """A panel of the histogram of numbers x, two standard errors, and the density."""
+    counts, unit = torch.histc(x, 40, low, high), 40 / (high - low) / len(x)
+    at = torch.linspace(low, high, 81)
+    curve = torch.stack([at, data.log_density(at[:, None], sigma).exp()], 1).tolist()
+    dots = torch.stack([at[1::2], counts * unit, 2 * counts.sqrt() * unit], 1).tolist()
+    ys = [p[1] + sum(p[2:]) for p in curve + dots]
+    panel = Panel([low, high], ys, "x", "density", title)
+    panel.line(curve, "exact")
+    panel.dots(dots, "drawn")
+    return panel
+
+
+def square(title, box, room=40, names=("x_1", "x_2")):
+    """An empty panel of (-box, box)^2, with so many pixels for a legend."""
+    panel = Panel([-box, box], [-box, box], *names, title, right=290)
+    panel.picture = panel.picture.crop((0, 0, panel.box[2] + room, 900))
+    panel.draw = ImageDraw.Draw(panel.picture)
+    return panel
+
+
+def cloud(title, x, box, room=40):
+    """A panel of 2,000 points x (n, 2)."""
+    panel = square(title, box, room)
+    panel.dots(x[:2000][x[:2000].abs().amax(1) < box].tolist(), radius=3)
+    return panel
+
 
 def plane(box, n):
-    """n^2 points of the square (-box, box)^2, row by row from its top as in a heat map."""
+    """n^2 points of (-box, box)^2, row by row from its top, as in a heat map."""
     x = torch.linspace(-box, box, n + 2)[1:-1]
-    return image(torch.stack(torch.meshgrid(x, x.flip(0), indexing="xy"), 2).view(-1, 2))
+    return torch.cartesian_prod(x.flip(0), x).flip(1)
 
-def field(title, f, box, heat=None):
-    """A panel of arrows f(x), as long as the square root of what they stand for, over a heat map of heat(x)."""
-    x, heat = plane(box, 14), [("heat", "", heat(plane(box, 80)).view(80, 80))] if heat else []
+
+def heat(panel, values):
+    """Shade a panel by values (n, n) from 0 to 1, the first row at its top."""
+    rgb = 255 - values[:, :, None].numpy() * [210, 180, 70]
+    picture = Image.fromarray(rgb.astype(np.uint8))
+    left, top, right, bottom = panel.box
+    picture = picture.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    panel.picture.paste(picture, (left, top))
+    panel.draw.rectangle(panel.box, outline="#374151", width=2)
+
+
+def arrows(panel, x, v):
+    """Arrows from points x (n, 2) to x + v."""
+    for ends in zip(panel.pixels(x.tolist()), panel.pixels((x + v).tolist())):
+        start, end = np.array(ends)
+        neck = start + 0.65 * (end - start)
+        across = 0.2 * (end - start)[::-1] * [1, -1]
+        panel.draw.line([*start, *neck], common.COLORS[1], 4)
+        panel.draw.polygon([*end, *(neck + across), *(neck - across)], common.COLORS[1])
+
+
+def field(title, data, f, box):
+    """A panel of arrows along f(x), as long as its square root, over the density at
+    sigma = 1."""
+    panel, x = square(title, box), plane(box, 14)
+    p = data.log_density(plane(1.08 * box, 80), 1.0).exp().view(80, 80)
+    heat(panel, (p / p.max()).sqrt())
     v = f(x) / f(x).norm(dim=1, keepdim=True).sqrt()
-    arrows = torch.cat([x, 2 * box / 15 * v / v.norm(dim=1).max()], 1).flatten(1)
-    return {"title": title, "marks": [*heat, ("arrows", "", arrows)], "box": (-box, box)}
+    arrows(panel, x, 2 * box / 15 * v / v.norm(dim=1).max())
+    return panel
 
-cloud = lambda title, x, box: {"title": title, "marks": [("dots", "", x[:2000].flatten(1))], "box": (-box, box)}
 
-# -------------------------------------------------------------- experiments: panels of a picture, rows of a table
-MIX, MODES = Mixture(), Mixture((0.8, 0.2), ((5.0, 5.0), (-5.0, -5.0)), 1.0)           # the second is NCSN's
-LADDER = common.geometric_sigmas(10, 0.1, 10).tolist()
-uniform = lambda n: 16 * torch.rand(n, 2, 1, 1) - 8                                    # points of (-8, 8)^2
+# ---------------------------- experiments: panels of a picture, rows of a table
+
 
 def tour():
-    """Exact score, learned score, and what Langevin and annealed Langevin dynamics draw with the learned one."""
-    net, x, exact = trained(MODES, 10.0, 0.1), MODES(2000), lambda x: MODES.score(x, 1.0)
-    plain, annealed = (anneal(net, uniform(2000), *way) for way in (([0.1], 10, 1000), (LADDER, 0.2, 100)))
-    shade = lambda x: (12 * MODES.log_density(x, 1.0).exp()) ** 0.5
-    return [field("exact score, sigma = 1", exact, 8, shade), field("learned", lambda x: score(net)(x, 1.0), 8, shade),
-            cloud("Langevin dynamics", plain, 8), cloud("annealed Langevin dynamics", annealed, 8)], [
-            agree("learned score on exact", score(net)(x, 1.0), exact(x)), *(row(f"share at (5, 5), {k}", right(y), 0.8)
-            for k, y in (("data", x), ("Langevin", plain), ("annealed", annealed)))]
+    """Exact and learned score; what Langevin dynamics draws with the learned one."""
+    s, x = trained(MODES, 10.0, 0.1, waves=0), MODES(2000)
+    drawn = {
+        "data": x,
+        "Langevin dynamics": anneal(s, uniform(2000), [0.1], 10, 1000),
+        "annealed Langevin dynamics": anneal(s, uniform(2000), LADDER, 0.2, 100),
+    }
+    rows = [agree("learned score on exact", s(x, 1.0), MODES.score(x, 1.0))]
+    rows += [row(f"share at (5, 5), {k}", right(x)) for k, x in drawn.items()]
+    panels = [
+        field("exact score, sigma = 1", MODES, lambda x: MODES.score(x, 1.0), 8),
+        field("learned score, sigma = 1", MODES, lambda x: s(x, 1.0), 8),
+    ]
+    return [*panels, *(cloud(k, drawn[k], 8) for k in list(drawn)[1:])], rows
 
-def noise():
-    """Denoising other noise learns the score of the density which that noise makes; uniform noise has none to learn."""
-    data, b, panels, rows = Mixture((0.3, 0.7), ((1.0,), (-1.0,))), 0.5, [], []
-    x, at = image(torch.linspace(-2.5, 2.5, 120)[:, None]), image(torch.linspace(-5, 5, 2001)[:, None])
-    for kind in (D.Normal(0, 1), D.Laplace(0, 1), D.StudentT(3), D.Uniform(-1, 1, validate_args=False)):
-        def loss(net):
-            u = torch.as_tensor(kind.sample((512, 1, 1, 1))).requires_grad_()
-            target, = torch.autograd.grad((kind.log_prob(u) + 0 * u).sum(), u)              # the score of the noise
-            return (score(net)(data(512) + b * u.detach(), b) - target / b).square().mean()
-        def exact(y):                                                      # q' / q of q(y) = int p(x) k((y - x) / b) dx
-            k = kind.log_prob((y.view(-1, 1) - at.view(1, -1)) / b).exp() * data.log_density(at).exp()
-            return (k @ data.score(at).view(-1, 1) / k.sum(1, keepdim=True)).view_as(y)
-        s, y, name = score(fit(Net(1), loss)), data(4000) + b * kind.sample((4000, 1, 1, 1)), type(kind).__name__
-        y, curve = y[y.flatten().abs() < 2.5], lambda f: torch.cat([x, f(x)], 1).flatten(1)
-        rows.append(agree(f"{name} noise", s(y, b), exact(y), float(name != "Uniform")))
-        panels.append({"title": f"{name} noise", "xlabel": "x", "ylabel": "score", "marks": [
-            ("line", "exact", curve(exact)), ("dots", "learned", curve(lambda x: s(x, b))[::4])]})
-    return panels, rows
 
-def autoencoder():
-    """A denoising auto-encoder r and a score network that never saw clean data give one field: (r(x) - x) / sigma^2."""
-    sigma, noisy = torch.tensor([0.5]), lambda x: x + 0.5 * torch.randn_like(x)
-    apply = lambda net, x: net(x, sigma.log().expand(len(x)))
-    r = fit(Net(), lambda net: (apply(net, noisy(x := MIX(512))) - x).square().mean())
-    s = fit(Net(), lambda net: ncsn.loss(net, MIX(512), sigma, objective="ssm-vr"))
-    f = {"exact": lambda x: MIX.score(x, 0.5), "score network": lambda x: score(s)(x, 0.5),
-         "auto-encoder": lambda x: (apply(r, x) - x) / sigma ** 2}         # Tweedie
-    x = noisy(MIX(4000))
-    return [field(name, f[name], 2.5) for name in f], [agree(f"{a} on {b}", f[a](x), f[b](x)) for a, b in (
-        ("auto-encoder", "score network"), ("auto-encoder", "exact"), ("score network", "exact"))]
+def settled(r, T, v=1.0):
+    """The variance v of N(0, 1) after T steps x + a s + sqrt(2a) z, r = a.
+
+    v <- (1 - r)^2 v + 2 r, to 1 / (1 - r/2).
+    """
+    end = 1 / (1 - r / 2)
+    return end + (1 - r) ** (2 * T) * (v - end)
+
+
+def langevin():
+    """Langevin dynamics draws the density; steps of size r make its variance
+    1 / (1 - r/2) times too large, and above r = 2 it has none."""
+    normal, marginal = Mixture([1.0], [[2.0]], 0.99), Mixture(m=((1.0,), (-1.0,)))
+    x = anneal(MIX.score, torch.randn(10_000, 2), [0.6], 0.06, 1000)[:, 0]
+    panel = density("x_1", x, marginal, -4, 3, sigma=0.6)
+
+    def squares(T, r):  # 0.99 + 0.1^2 = 1
+        start = 2 + torch.randn(10_000, 1)
+        return (anneal(normal.score, start, [0.1], 100 * r, T) - 2) ** 2
+
+    r = (0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.7, 1.9, 2.05, 2.1)
+    what = "r", "variance", r, {"after 40 steps": 40}, squares
+    inflated = sweep(*what, lambda T, r: settled(r, T), logy=True)
+    return join((panel, [row("mean of x_1", x, -0.6)]), inflated)
+
+
+def annealed():
+    """Langevin dynamics gets the weights of far modes wrong; annealed, as many steps,
+    right (0.8). The score is exact."""
+    watch, start = common.Watch(), uniform(4000)
+    plain = anneal(MODES.score, start, [0.1], 10, 1000)
+    x = anneal(watch(MODES.score), start, LADDER, 0.2, 100)
+    paths = torch.stack(watch.frames)  # (1000, 8, 2)
+    length = (paths[1:] - paths[:-1]).norm(dim=2)
+    rows = [row("share at (5, 5), Langevin", right(plain))]
+    rows.append(row("share at (5, 5), annealed", right(x)))
+    panel = square("one annealed path", 40, room=200)
+    for i, sigma in enumerate(LADDER):
+        inflation = 1 / (1 - 0.1 * sigma**2 / (1 + sigma**2))  # in a mode
+        exact = (math.pi * 0.2 * sigma**2 * inflation) ** 0.5
+        path = slice(100 * i, 100 * i + 99)
+        rows.append(row(f"length of a step, sigma = {sigma:.2g}", length[path], exact))
+        panel.line(paths[path, 0].tolist(), f"sigma {sigma:.2g}")
+    titles = {"Langevin dynamics": plain, "annealed Langevin dynamics": x}
+    return [*(cloud(k, x, 10, 200) for k, x in titles.items()), panel], rows
+
+
+def share(label, xs, f):
+    """sweep() of the share of the upper right mode after Langevin steps with the exact
+    score on the levels f(v) = [(sigma, a, T), ...]."""
+
+    def ends(f, v):
+        x = uniform(2000)
+        for sigma, a, T in f(v):
+            x = anneal(MODES.score, x, [sigma], a / sigma**2, round(T))
+        return right(x)
+
+    log = {"logx": True, "title": "line: the data's share"}
+    panel, rows = sweep(label, "share", xs, {"drawn": f}, ends, ys=[0.8], **log)
+    panel.line([(xs[0], 0.8), (xs[-1], 0.8)], "data")
+    return panel, rows
+
+
+def levels():
+    """The share of a mode by where levels begin, how many they are, how long a step is;
+    and how many must be for neighbours to overlap: NCSNv2, Technique 2."""
+
+    def at(sigma_1=10, L=10, r=0.1, T=100):
+        sigma = geometric_sigmas(sigma_1, 0.1, L).tolist()
+        return [(s, r * s**2, T) for s in sigma]
+
+    def inside(d, gamma):  # noise within 3 deviations of the next level's
+        off = torch.randn(2000, d).norm(dim=1) - gamma * d**0.5
+        return off.abs() < 3 * gamma / 2**0.5
+
+    def exact(d, gamma):  # by the distribution of |z|^2
+        r = gamma * (torch.tensor([-3, 3]) / 2**0.5 + d**0.5)
+        low, high = torch.special.gammainc(torch.tensor(d / 2), r.clamp(min=0) ** 2 / 2)
+        return high - low
+
+    count, size = (2, 3, 5, 10, 20, 50, 100), (0.003, 0.01, 0.03, 0.1, 0.3, 1)
+    what = "gamma", "overlap", (1.0, 1.02, 1.05, 1.1, 1.2, 1.5)
+    ways = {f"d = {d}: {ncsn.level_ratio(d):.3f}": d for d in (100, 784, 3072)}
+    return join(
+        share("sigma_1, 10 levels", (1, 2, 5, 10, 20, 50), lambda s: at(s)),
+        share("L, T = 1000 / L", count, lambda L: at(L=L, T=1000 // L)),
+        share("r of the step r sigma^2, T = 20", size, lambda r: at(r=r, T=20)),
+        sweep(*what, ways, inside, exact, title="names: where the rule has 0.5"),
+    )
+
+
+def too_many_steps():
+    """More steps make samples worse where r is large: each level drifts to a variance
+    1 / (1 - r/2) times too large."""
+    thin, ladder = Mixture(v=1e-3), geometric_sigmas(5, 0.1, 10).tolist()
+
+    def squares(r, T):
+        x = anneal(thin.score, 5 * torch.randn(2000, 2), ladder, r, T)
+        return (x - thin.m[1 - right(x).long()]).square() / (thin.v + 0.01)
+
+    def exact(r, T):  # of one mode alone; with fewer steps the modes are not apart
+        v = 25.0 if T >= 10 else math.nan
+        for sigma in ladder:
+            u = thin.v + sigma**2
+            v = u * settled(r * (1 - thin.v / u), T, v / u)
+        return v / u
+
+    ways = {f"r = {r}": r for r in (0.05, 0.2, 1.0, 1.9)}
+    what = "T", "variance / exact", (1, 2, 5, 10, 20, 50), ways, squares, exact
+    log = {"logx": True, "logy": True, "title": "4 curves; r = 2.5 ends at 1e17"}
+    panel, rows = sweep(*what, **log)
+    return [panel], [*rows, row("variance / exact, r = 2.5, T = 5", squares(2.5, 5))]
+
+
+def matching():
+    """The losses of c times the exact score s: denoising, (c - 1)^2 E |sigma s|^2 / 2d
+    and a constant (Vincent 2011); sliced, 1/2 less: all are least at c = 1."""
+    sigma, at = torch.tensor([0.5]), plane(6, 200)
+    p = MIX.log_density(at, 0.5).softmax(0)
+    square = (p @ MIX.score(at, 0.5) ** 2).sum().item() / 16  # E |sigma s|^2 / 2d
+
+    def losses(loss, c):
+        def net(*at):
+            return c * MIX.net(*at)
+
+        return [loss(net, MIX(2000), sigma).item() for _ in range(20)]
+
+    def exact(loss, c):
+        constant = 0.5 if loss is ncsn.loss else 0.0
+        return ((c - 1) ** 2 - 1) * square + constant
+
+    ways = {"denoising": ncsn.loss, "sliced": partial(ncsn.ssm_loss, reduced=False)}
+    ways["sliced, reduced"] = ncsn.ssm_loss
+    return join(sweep("c", "loss", (0.2, 0.6, 1, 1.4, 1.8), ways, losses, exact))
+
+
+def projections():
+    """Sliced score matching: directions v with E v v^T = I are unbiased; signs and the
+    sphere vary least."""
+    m = torch.linspace(0.1, 0.6, 6) * torch.tensor([[1], [-1]])
+    data, x = Mixture((0.3, 0.7), m, 0.5), torch.full((1, 6), 0.1)
+    s, J = data.score(x)[0], torch.func.jacrev(data.score)(x).view(6, 6)
+    H = J + s.outer(s) / 2  # v^T (grad s) v + (v^T s)^2 / 2 = v^T H v
+    trace, total, own = H.trace(), H.square().sum(), H.diagonal().square().sum()
+    variance = {"normal": 2 * total, "signs": 2 * total - 2 * own}  # of v^T H v
+    variance["sphere"] = 1.5 * total - trace**2 / 4
+
+    def draw(way, M):
+        v = torch.randn(M, 20_000, 6)
+        if way == "signs":
+            v = v.sign()
+        if way == "sphere":
+            v = 6**0.5 * F.normalize(v, dim=2)
+        return ((v @ H) * v).sum(2).mean(0)
+
+    def square(way, M):
+        return (draw(way, M) - trace) ** 2
+
+    mean = sweep("M", "mean", (1, 2, 4), {k: k for k in variance}, draw, trace)
+    what = "M", "variance", (1, 2, 4), {k: k for k in variance}, square
+    return join(mean, sweep(*what, lambda k, M: variance[k] / M))
+
 
 def ode():
-    """The probability-flow ODE, exact score: orders of DDIM and Heun, exact likelihood, paths of three processes."""
-    small, edm, x = sde.EDM(0.01, 5.0), sde.EDM(0.01, 100.0), 5 * torch.randn(500, 2, 1, 1).double()
-    exact = lambda process: sde.make_score(lambda y, sigma, label: -MIX.net(y, sigma.log()), process)
-    def ddim(n):                                                           # Euler's method in sigma
+    """The probability flow ODE, exact score: order of DDIM and of Heun, likelihood."""
+    small, edm = sde.EDM(0.01, 5.0), sde.EDM(0.01, 100.0)
+    s, x = partial(s_sde, MIX.score, small), 5 * torch.randn(500, 2).double()
+
+    def ddim(n):  # Euler's method in sigma
         abar = 1 / (1 + common.karras_sigmas(n, 0.01, 5.0).flip(0) ** 2)
-        return ddpm.ddim(ddpm.as_eps(MIX.net, abar), x / 26 ** 0.5, abar, range(n, -1, -1))
-    best = (heun := lambda n: sde.heun(exact(small), small, x, n))(2000)
-    panel, errors = sweep("steps", "error", (16, 32, 64, 128, 256), {"DDIM": ddim, "Heun": heun}, lambda f, n: (
-        f(n) - best).norm(dim=1), math.nan, logx=True, logy=True)
-    rows = [(f"order of {k}", math.log2(errors[i][1] / errors[i + 1][1]), math.nan, order)
-            for k, i, order in (("DDIM", 3, 1), ("Heun", 8, 2))]
-    x, panels = MIX(1000).double(), [panel]                                # N(0, 100^2 I) is near enough to p_T of edm
-    log_p = sde.log_likelihood(exact(edm), edm, x, probes=0)[0].flatten() - MIX.log_density(x, 0.01)
-    rows.append(row("log p by the ODE less the exact, nats", log_p, 0))
-    for process in (sde.VE(0.01, 5.0), small, sde.VP()):
-        t, field = torch.linspace(process.T, process.eps, 101).double(), sde.flow(exact(process), process)
-        path = itertools.accumulate(itertools.pairwise(t.tolist()), lambda y, ab: sde.rk45(field, y, *ab, 1e-4),
-                                    initial=process.prior * torch.randn(16, 2, 1, 1).double())
-        path, name = torch.stack(list(path)).flatten(2), type(process).__name__
-        straight = torch.lerp(path[-1:], path[:1], ((t - t[-1]) / (t[0] - t[-1]))[:, None, None])
-        bend = (path - straight).norm(dim=2).mean(0) / (path[0] - path[-1]).norm(dim=1).mean()
-        rows.append(row(f"bend, {name}", bend))
-        panels.append({"title": name, "xlabel": "t", "ylabel": "x_1", "marks": [
-            ("line", "", torch.stack([t, p], 1)) for p in path[:, :, 0].T]})
+        eps = partial(eps_theta, MIX.score, abar)
+        return ddpm.ddim(eps, x / 26**0.5, abar, range(n, -1, -1))
+
+    def heun(n):
+        return sde.heun(s, small, x, n)
+
+    def error(f, n):
+        return (f(n) - best).norm(dim=1)
+
+    best, n, ways = heun(2000), (16, 32, 64, 128, 256), {"DDIM": ddim, "Heun": heun}
+    panel, rows = sweep("steps", "error", n, ways, error, logx=True, logy=True)
+    y = MIX(1000).double()  # N(0, 100^2 I) is near enough to p_T of edm
+    log_p, _ = sde.log_likelihood(partial(s_sde, MIX.score, edm), edm, y, probes=0)
+    log_p = log_p.flatten() - MIX.log_density(y, 0.01)
+    for name, order in (("DDIM", 1), ("Heun", 2)):
+        ratio = error(ways[name], 128).median() / error(ways[name], 256).median()
+        rows.append((f"order of {name}", ratio.log2().item(), math.nan, order))
+    return [panel], [*rows, row("log p by the ODE less the exact, nats", log_p, 0)]
+
+
+def codes():
+    """Two networks trained apart give a point the same code x(T): that of the data."""
+    vp, x = sde.VP(), MIX(1000)
+    scores = {"exact": MIX.score}
+    for name in ("network 1", "network 2"):
+        scores[name] = trained(MIX, 100.0, 0.005, 1000)
+    code, rows, panels = {}, [], []
+    for name, s in scores.items():
+        flow = sde.flow(partial(s_sde, s, vp), vp)
+        code[name] = sde.rk45(flow, x, vp.t_min, vp.T, 1e-4)[:, 0]
+    for a, b in itertools.combinations(code, 2):
+        pair = torch.stack([code[a], code[b]])
+        panels.append(square("codes x_1(T)", 4, names=(a, b)))
+        panels[-1].dots(pair.T.tolist(), radius=4)
+        r = torch.corrcoef(pair)[0, 1].item()
+        error = (1 - r**2) / len(x) ** 0.5
+        rows.append((f"correlation of the codes, {a} and {b}", r, error, math.nan))
     return panels, rows
 
-def samplers(sets=((cut, 4), (heart, 1.5), (swiss_roll, 2.5), (checkerboard, 2.5))):
-    """Every sampler draws four sets of data with 20 and with 200 evaluations of a network; drawn: 200."""
-    panels, rows, abar, vp = [], [], ddpm.schedule("cosine", 200), sde.VP()
-    for data, box in sets:
-        net = fit(Net(), lambda net: ddpm.loss(ddpm.as_eps(net, abar), data(512), abar))
-        known = trained(data, 5, 0.01, steps=4000)
-        samples, eps, s = {}, ddpm.as_eps(net, abar), sde.make_score(lambda y, sigma, label: -net(y, sigma.log()), vp)
+
+SETS = ((heart, 1.5), (swiss_roll, 2.5), (checkerboard, 2))
+
+
+def methods(s, n):
+    """{name: draw(z)} of seven samplers with n evaluations of the score s(x, sigma)."""
+    abar, vp = ddpm.schedule("cosine", 200), sde.VP(1e-3)
+    eps, f = partial(eps_theta, s, abar), partial(s_sde, s, vp)
+    tau, ts = ddpm.subsequence(200, n), sde.times(vp, n - 1)
+    ladder = geometric_sigmas(5, 0.01, n // 2).tolist()
+    return {
+        "NCSN": lambda z: anneal(s, 5 * z, ladder, 0.5, 2, denoise=True),
+        "DDPM": lambda z: ddpm.ancestral(eps, z, abar, tau),
+        "ODE": lambda z: sde.heun(f, vp, z, n // 2),
+        "DDIM": lambda z: ddpm.ddim(eps, z, abar, tau),
+        "Euler-Maruyama": lambda z: sde.em(f, vp, z, ts),
+        "reverse diffusion": lambda z: sde.reverse(f, vp, z, ts),
+        "predictor-corrector": lambda z: sde.pc_vp(f, vp, z, sde.times(vp, n // 2)),
+    }
+
+
+def samplers():
+    """Every sampler draws three sets of data with one network a set, in 20 and in 200
+    evaluations: the share of points where no data are. The picture: 200."""
+    panels, rows = [], []
+    for data, box in SETS:
+        s, title = trained(data, 20, 0.005, 4000), data.__name__.replace("_", " ")
+        drawn, real = {"data": data(4000)}, data(4000)
         for n in (20, 200):
-            ladder, tau = common.geometric_sigmas(5, 0.01, n // 2).tolist(), ddpm.subsequence(200, n)
-            for name, draw in {"NCSN": lambda x: anneal(known, 5 * x, ladder, 0.5, 2),
-                               "DDPM": lambda x: ddpm.ancestral(eps, x, abar, tau),
-                               "ODE": lambda x: sde.heun(s, vp, x, n // 2),
-                               "DDIM": lambda x: ddpm.ddim(eps, x, abar, tau[::-1]),
-                               "Euler-Maruyama": lambda x: sde.em(s, vp, x, sde.times(vp, n - 1)),
-                               "reverse diffusion": lambda x: sde.reverse(s, vp, x, sde.times(vp, n - 1)),
-                               "predictor-corrector": lambda x: sde.pc(s, vp, x, sde.times(vp, n // 2))}.items():
-                samples[f"{data.__name__}, {name}, {n}"] = draw(torch.randn(4000, 2, 1, 1))
-        rows += compare(samples, data)
-        panels += [cloud(k, x, box) for k, x in samples.items() if k[-3:] == "200"][:3]
+            for name, draw in methods(s, n).items():
+                drawn[f"{name}, {n}"] = draw(torch.randn(4000, 2))
+        for name, x in drawn.items():
+            label = f"{title}, {name}: energy distance {energy(x, real):.4f}, "
+            label += f"chi^2 {chi2(x, real, box):.2f}, outside"
+            rows.append(row(label, outside(x, data)))
+        for name in ("data", "NCSN, 200", "DDPM, 200", "ODE, 200"):
+            panels.append(cloud(f"{title}, {name}", drawn[name], 1.1 * box))
     return panels, rows
 
-def main():
-    experiments = {f.__name__: f for f in (
-        tour, ncsn.langevin, ncsn.annealed, ncsn.scores, ncsn.matching, ncsn.projections, ddpm.weighting, ncsn.steps,
-        ncsn.levels, ncsn.objective, ddpm.conditioning, ode, noise, autoencoder)}
-    experiments |= {"too-many-steps": ncsn.too_many_steps, "ddpm": samplers, "mala": inpaint.metropolis,
-                    "conditional": inpaint.given}
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
-    p.add_argument("experiment", nargs="?", default="tour", help=f"all, {', '.join(experiments)}")
-    p.add_argument("--out", default="runs/toy", help="folder of the pictures")
-    p.add_argument("--seed", type=int, default=0, help="of all that is random")
-    args = p.parse_args()
-    names = list(experiments) if args.experiment == "all" else [args.experiment]
-    common.require(names[0] in experiments, f"there is no experiment {names[0]}: give all, {', '.join(experiments)}")
-    for name in names:
-        torch.manual_seed(args.seed)
-        start, path = time.perf_counter(), Path(args.out) / f"{name}.png"
-        panels, rows = experiments[name]()
-        print(f"{name}: {experiments[name].__doc__}")
-        for label, measured, *known in rows:
-            known = [f"{name} {v:<8.4g}" for name, v in zip(("+-", "exact"), known) if math.isfinite(v)]
-            print(f"    {label:86s} {measured:10.5g} ", *known)
-        figure(path, panels)
-        print(f"saved  {path}, {time.perf_counter() - start:.1f} s\n", flush=True)
+
+@torch.no_grad()
+def metropolis(log_density, s, x, a, T):
+    """(x, share accepted (n,)) after T steps y = x + a s + sqrt(2a) z, each taken with
+    probability p(y) q(x | y) / (p(x) q(y | x)) (Roberts & Tweedie 1996)."""
+
+    def log_q(y, x):  # of the step to y from x
+        return -(y - x - a * s(x)).square().sum(1) / (4 * a)
+
+    accepted = 0
+    for _ in range(T):
+        y = x + a * s(x) + math.sqrt(2 * a) * torch.randn_like(x)
+        ratio = log_density(y) + log_q(x, y) - log_density(x) - log_q(y, x)
+        take = torch.rand(len(x)).log() < ratio
+        x, accepted = torch.where(take[:, None], y, x), accepted + take / T
+    return x, accepted
+
+
+def mala():
+    """Metropolis' test takes away the error of the step."""
+
+    def tested(r):
+        return metropolis(MIX.log_density, MIX.score, MIX(4000), 0.1 * r, 100)
+
+    def square(plain, r):  # of the distance from the mode
+        if plain:
+            x = anneal(MIX.score, MIX(4000), [1e-3], 1e5 * r, 100)
+        else:
+            x = tested(r)[0]
+        return (x - MIX.m[1 - right(x).long()]) ** 2
+
+    r, ways = (0.05, 0.1, 0.3, 0.6, 0.9, 1.2, 1.5), {"Langevin": 1, "MALA": 0}
+    what = "r", "variance in a mode", r, ways, square
+    variance = sweep(*what, lambda plain, r: 0.1 / (1 - plain * r / 2))
+    what = "r", "share accepted", r, {"MALA": 0}
+    return join(variance, sweep(*what, lambda _, r: tested(r)[1]))
+
+
+def conditional():
+    """x_2 given x_1 = 0.1: a noisy x_1 put into every step is far off; going back and
+    forth in each (RePaint) is nearer."""
+    op, b = inpaint.masked(torch.tensor([1.0, 0.0])), torch.tensor([[0.1, 0.0]])
+    sigma, drawn = inpaint.levels("repaint", 0.02, 20.0, 100), {}
+
+    def D(x, s):
+        return x + s**2 * MIX.score(x, s)
+
+    for U in (1, 3, 10, 20):
+        x = 20 * torch.randn(4000, 2)
+        drawn[U] = inpaint.repaint(D, b.expand(4000, 2), op, x, sigma, U)[:, 1]
+    w = Mixture(MIX.w, MIX.m[:, :1]).parts(b[:, :1])[0].softmax(1)[0]  # given x_1
+    exact = Mixture(w, MIX.m[:, 1:])
+    upper = (w * torch.special.ndtr(exact.m.flatten() / exact.v**0.5)).sum()
+    what = "times", "P(x_2 > 0)", list(drawn), {"RePaint": drawn}
+    panel, rows = sweep(*what, lambda drawn, U: drawn[U] > 0, upper)
+    titles = {1: "x_2, each step once", 20: "x_2, each step 20 times"}
+    shown = [density(titles[U], drawn[U], exact, -2.5, 2.5) for U in titles]
+    return [*shown, panel], rows
+
+
+# -------------------------------------------------------------------------- the command
+
+NAMES = (
+    "tour langevin annealed levels too-many-steps mala "
+    "matching projections ode codes samplers conditional"
+)
+
+
+def main(argv=None):
+    p = common.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = NAMES.split()
+    p.add_argument("experiment", nargs="?", default="tour", choices=["all", *names])
+    p.add_argument(
+        "--out", type=common.path, default="runs/toy", help="of the pictures"
+    )
+    p.add_argument("--seed", type=common.SEED, default=0, help="of all that is random")
+    args = p.parse_args(argv)
+    for name in names if args.experiment == "all" else [args.experiment]:
+        common.seed_all(args.seed)
+        began, experiment = time.perf_counter(), globals()[name.replace("-", "_")]
+        panels, rows = experiment()
+        say(f"{name}: {' '.join(experiment.__doc__.split())}")
+        for label, measured, error, exact in rows:
+            line = f"    {label:80s} {measured:10.5g}"
+            if math.isfinite(error):
+                line += f"  +- {error:<8.4g}"
+            say(line + (f"  exact {exact:.4g}" if math.isfinite(exact) else ""))
+        path = Path(args.out) / f"{name}.png"
+        cols = 4 if panels[0].picture.width < 1100 else 2
+        common.save_picture(common.sheet(panels, min(cols, len(panels))), path)
+        say(f"saved  {path}, {time.perf_counter() - began:.1f} s\n")
+
 
 if __name__ == "__main__":
-    import toy                                # the module that the scripts know, not this second copy of it
-    common.cli(toy.main)
+    common.cli(main)
