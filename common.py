@@ -1137,7 +1137,7 @@ class Axis:
     def __init__(self, values, log=False):
         self.scale = math.log10 if log else float
         known = [self.scale(v) for v in values if self.holds(v)] or [0.0, 1.0]
-        room = 0.04 * (max(known) - min(known)) or 0.5
+        room = 0.04 * (max(known) - min(known)) or 0.5 + abs(known[0]) / 2
         self.low, self.high = min(known) - room, max(known) + room
         width = self.high - self.low
         power = 10.0 ** math.floor(math.log10(width))
@@ -1148,7 +1148,7 @@ class Axis:
         self.marks = [10**v for v in at] if log else at
 
     def holds(self, v):
-        return math.isfinite(v) and (v > 0 or self.scale is float)
+        return abs(v) < 1e30 and (v > 0 or self.scale is float)
 
     def at(self, v):
         return (self.scale(v) - self.low) / (self.high - self.low)

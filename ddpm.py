@@ -14,9 +14,9 @@ Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t)
 Bound    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0 in bits/dim       eqs. (5), (13)
 Differs  mean over pixels instead of sum; the shifted cosine schedule; the network
          returns v, not eps; a smaller U-Net; Muon, and a learning rate that decays; x_0
-         is clipped, as in the authors' code, whose decoder has a tanh where eq. (13) has
-         the normal distribution function, and a floor of 1e-12; DDIM's quadratic steps,
-         which stop at 800 of 1000, are left out
+         is clipped, as in the authors' code. Their decoder has a tanh where eq. (13)
+         has the normal distribution function, and a floor of 1e-12. DDIM's quadratic
+         steps, which stop at 800 of 1000, are left out
 
     python ddpm.py --dataset mnist     # trains, then see runs/ddpm-mnist/samples.png
     python ddpm.py --dataset mnist --sample-only --sampler ddim --sample-steps 50

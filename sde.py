@@ -8,16 +8,18 @@ Papers   Song et al. 2021, arXiv:2011.13456 (equation numbers without a name)
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
 Forward  dx = f(x, t) dt + g(t) dw, so x(t) = a(t) x(0) + s(t) z      eqs. (5), (29)
 Loss     E_t lambda(t) E || s_theta(x(t), t) - grad log p_0t(x(t) | x(0)) ||^2,
-         lambda = s^2                                                       eq. (7)
+         lambda = s^2; here by default s^2 (1 + sigma^2)                    eq. (7)
 Sample   dx = [f - g^2 s_theta] dt + g dw, from T down to 0                 eq. (6)
 ODE      dx = [f - g^2 s_theta / 2] dt has the same p_t(x); the integral of its
          divergence gives log p(x)                                   eqs. (13), (39)
 Network  one for all: in y = x / a = x(0) + sigma z, sigma = s / a, these SDEs are all
          the same noise; D(y; sigma) = E[x(0) | y] as in EDM's Table 1 with
          sigma_data = 1: the network returns -v of arXiv:2202.00512
-Differs  mean over pixels instead of sum; a smaller U-Net that is told log sigma, where
-         EDM has log(sigma) / 4; a learning rate that decays; the average of the weights
-         begins with decay 0.1, the authors' with 0.18; images are dequantised in
+Differs  mean over pixels instead of sum; lambda, with which all sigma count alike for
+         the network, as in EDM (--weighting paper: s^2); EDM has ln sigma ~ N(-0.4, 1),
+         as in EDM2; a smaller U-Net, told log sigma, where EDM has log(sigma) / 4;
+         Muon, and a learning rate that decays; the average of the weights begins with
+         decay 0.1, the authors' with 0.18; images are dequantised in
          training too; D is clipped to [-1, 1] while drawing; the steps are exact
          transitions of the SDE, N gaps from T to t_min (the authors' Euler-Maruyama has
          steps of 1 / N on N - 1 gaps), and E[x(0) | x(t_min)] is what is returned

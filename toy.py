@@ -442,7 +442,7 @@ def too_many_steps():
 
     ways = {f"r = {r}": r for r in (0.05, 0.2, 1.0, 1.9)}
     what = "T", "variance / exact", (1, 2, 5, 10, 20, 50), ways, squares, exact
-    log = {"logx": True, "logy": True, "title": "4 curves; r = 2.5 ends at 1e17"}
+    log = {"logx": True, "logy": True, "title": "4 curves; r = 2.5 ends at 1e20"}
     panel, rows = sweep(*what, **log)
     return [panel], [*rows, row("variance / exact, r = 2.5, T = 5", squares(2.5, 5))]
 
