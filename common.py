@@ -71,7 +71,8 @@ def aside(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob(f"{path.name}.*.part"):
-            if not Path("/proc", old.suffixes[-2][1:]).exists():  # a dead process's
+            process = Path("/proc", old.suffixes[-2][1:])
+            if Path("/proc/self").exists() and not process.exists():  # it is dead
                 old.unlink()
         with open(part, "wb") as f:
             yield f
@@ -766,9 +767,7 @@ def claim(args):
         with open(out / "log.csv", "x") as f:
             f.write(",".join(LOG) + "\n")
     except FileExistsError as e:
-        raise UserError(
-            f"another process began a run in {out}: name another --out"
-        ) from e
+        raise UserError(f"another process began {out}: name another --out") from e
 
 
 def load_checkpoint(folder, kinds):

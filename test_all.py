@@ -2941,7 +2941,8 @@ class Pages(Case):
             with self.subTest(script=name, words=words):
                 if name == "toy":
                     self.assertIn(
-                        words[:1], [[], ["1"], *[[e] for e in toy.EXPERIMENTS]]
+                        words[:1],
+                        [[], ["1"], ["all"], *map(str.split, toy.NAMES.split())],
                     )
                 else:
                     parser = SCRIPTS[name].flags()

@@ -321,7 +321,7 @@ def tour():
     s, x = trained(MODES, 10.0, 0.1, waves=0), MODES(2000)
     drawn = {
         "data": x,
-        "Langevin dynamics": anneal(s, uniform(2000), [0.1], 10, 1000),
+        "Langevin dynamics, sigma = 1": anneal(s, uniform(2000), [1.0], 0.1, 1000),
         "annealed Langevin dynamics": anneal(s, uniform(2000), LADDER, 0.2, 100),
     }
     rows = [agree("learned score on exact", s(x, 1.0), MODES.score(x, 1.0))]
@@ -330,7 +330,7 @@ def tour():
         field("exact score, sigma = 1", MODES, lambda x: MODES.score(x, 1.0), 8),
         field("learned score, sigma = 1", MODES, lambda x: s(x, 1.0), 8),
     ]
-    return [*panels, *(cloud(k, drawn[k], 8) for k in list(drawn)[1:])], rows
+    return [*panels, *(cloud(k, drawn[k], 10) for k in list(drawn)[1:])], rows
 
 
 def settled(r, T, v=1.0):
