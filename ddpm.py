@@ -431,6 +431,7 @@ def report_bound(args, net, abar, variance, gamma):
     """--evaluate-bound: a line, OUT/bound.csv (a row a step), rate-distortion.png."""
     images, N, out = common.test_images(args), args.evaluate_bound, args.out
     common.full_precision(net)
+    gamma = None if gamma is None else gamma.to(abar)
     say(f"bound  {N} test images at each of {args.T} steps ...")
     options = args.predict, variance, gamma, not args.no_clip
     prior, rows = evaluate_bound(net, images, abar, N, *options)
