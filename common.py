@@ -1076,7 +1076,7 @@ def finish(args, draw, calls, name="", low=-1.0):
         rgb = x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
         with aside(f"{args.out}/samples{name}.npz") as f:
             np.savez(f, arr_0=rgb, labels=labels)
-    cost = f"{watch.count} evaluations each, {seconds:.0f} s"
+    cost = f"{watch.count} calls each, {seconds:.0f} s"
     if "cuda" in args.device:
         cost += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     say(f"saved  {args.out}/samples{name}.png ({len(x)} images, {cost})")
