@@ -15,7 +15,7 @@ Differs  mean over pixels instead of sum; one U-Net, told log sigma, that learns
          the score of N(0, (sigma^2 + 1/4) I) lacks; more levels, from a larger sigma,
          lambda = sigma^3; Muon, clipped gradients, a learning rate that decays; an
          average of the weights that is shorter at first; a last denoising step, as in
-         the second paper (the first one's code returns the state before its last update,
+         the second paper (the first one's code returns the state before its last step,
          clamped). Both papers' code takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5
          is 4e-5 here
 

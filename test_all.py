@@ -2807,7 +2807,8 @@ class Pictures(Case):
         for points, log in itertools.product([*odd, [(0, -1), (-1, 0)]], (False, True)):
             path = self.dir / "odd.png"
             common.plot(path, {"odd": points}, "x", "y", logx=log, logy=log)
-        self.assertEqual(Image.open(path).size, (720, 450))
+        with Image.open(path) as picture:
+            self.assertEqual(picture.size, (720, 450))
 
     def test_digits_are_drawn_the_same_everywhere(self):
         images, labels = common.draw_digits("test")
