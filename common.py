@@ -889,7 +889,7 @@ class Muon:
             update = orthogonal(grad.lerp(momentum, self.beta).to(dtype))
             scale = MUON * lr * 0.2 * max(shape) ** 0.5  # Adam's root mean square
             for p, u in zip(ps, update):
-                p.sub_(u.view_as(p), alpha=scale)
+                p.sub_(u.reshape(p.shape), alpha=scale)
 
 
 def orthogonal(X, steps=5):
