@@ -1939,6 +1939,8 @@ def changed(tree, path, value):
 
 def start(*argv, **options):
     """A Python process of its own."""
+    one = os.environ | {"OMP_NUM_THREADS": "1"}  # two at once on two cores would stall
+    options = {"env": one} | options
     argv = [sys.executable, *map(str, argv)]
     pipe = subprocess.PIPE
     return subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, **options)
