@@ -212,7 +212,7 @@ def draw_digits(split, colour=False, size=28):
     colour: in a random hue, of which the mean of the channels tells nothing.
     """
     n = 60_000 if split == "train" else 10_000
-    font = ImageFont.load_default(72)
+    font = ImageFont.load_default(96)
     glyphs = [Image.new("L", (112, 112)) for _ in range(40)]
     for k, glyph in enumerate(glyphs):
         draw = ImageDraw.Draw(glyph)
@@ -791,19 +791,13 @@ def load_checkpoint(folder, kinds):
         args = checked_settings(flags(), saved["args"])
         net = network(args).eval().requires_grad_(False)
         for name in ("net", "ema"):
-            check_weights(net.state_dict(), saved[name])
-        opt = Muon(net)
-        check_weights(dict(enumerate(opt.momentum)), dict(enumerate(saved["momentum"])))
-        rest = opt.adam.param_groups[0]["params"]
-        for p, state in zip(rest, saved["adam"].values(), strict=True):
-            check_weights({"step": p.sum(), "exp_avg": p, "exp_avg_sq": p}, state)
-        rows = [list(map(float, row)) for row in saved["rows"]]
-        if [len(row) for row in rows] != [len(LOG)] * len(rows):
-            raise ValueError("its log")
+            net.load_state_dict(saved[name])
+        rows = [[float(v) for v in row] for row in saved["rows"]]
         step = saved["step"]
-        if type(step) is not int or step < 0:
-            raise ValueError("its step")
-        net.load_state_dict(saved["ema"])
+        if type(step) is not int or step < 0 or {len(row) for row in rows} - {len(LOG)}:
+            raise ValueError("its log")
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise ValueError("its weights are not finite")
     except (UserError, *DAMAGE) as e:
         raise UserError(f"{path} is damaged or of another version: {e}") from e
     fields = {"script": script, "args": args, "step": step, "rows": rows}
@@ -828,18 +822,6 @@ def checked_settings(parser, saved):
     return argparse.Namespace(**{name: getattr(args, name) for name in saved})
 
 
-def check_weights(wanted, given):
-    """ValueError unless tensors have the names, shapes, types wanted, are finite."""
-    if wanted.keys() != given.keys():
-        raise ValueError("it holds the weights of another network")
-    for name, w in wanted.items():
-        v = given[name]
-        if not torch.is_tensor(v) or (v.shape, v.dtype) != (w.shape, w.dtype):
-            raise ValueError(f"{name} is of another shape or type")
-        if not v.isfinite().all():
-            raise ValueError(f"{name} is not finite")
-
-
 def has_bf16(device):
     """Whether the hardware multiplies matrices of bfloat16."""
     if "cuda" in str(device):
@@ -862,34 +844,41 @@ def full_precision(net):
     torch.backends.cudnn.allow_tf32 = False
 
 
-class Muon:
-    """Muon (Jordan et al. 2024), momentum made orthogonal, for the matrices inside the
-    U-Net (a convolution is one of C_out x 9 C_in), and Adam for all else."""
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum made orthogonal, for matrices; a convolution
+    is one of C_out x 9 C_in."""
 
-    def __init__(self, net, beta=0.95):
-        self.beta, self.matrices = beta, {}
-        rest = []
-        for name, p in net.named_parameters():
-            if p.dim() > 1 and name.startswith(INSIDE) and "emb" not in name:
-                self.matrices.setdefault(p.flatten(1).shape, []).append(p)
-            else:
-                rest.append(p)
-        groups = self.matrices.items()
-        self.momentum = [rest[0].new_zeros(len(ps), *shape) for shape, ps in groups]
-        self.adam = torch.optim.Adam(rest, fused=True)
+    def __init__(self, weights, dtype=torch.float32, beta=0.95):
+        super().__init__(weights, {"lr": 0.0, "beta": beta})
+        self.dtype = dtype  # of the products that make a matrix orthogonal
 
     @torch.no_grad()
-    def step(self, lr, dtype):
-        """One step; the matrices are made orthogonal in this type."""
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        for momentum, (shape, ps) in zip(self.momentum, self.matrices.items()):
+    def step(self):
+        (group,) = self.param_groups
+        shapes = {}  # matrices of one shape are made orthogonal together
+        for p in group["params"]:
+            shapes.setdefault(p.flatten(1).shape, []).append(p)
+        for shape, ps in shapes.items():
+            states = [self.state[p] for p in ps]
+            for p, state in zip(ps, states):
+                momentum = state.setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["beta"])
             grad = torch.stack([p.grad.flatten(1) for p in ps])
-            momentum.lerp_(grad, 1 - self.beta)
-            update = orthogonal(grad.lerp(momentum, self.beta).to(dtype))
-            scale = MUON * lr * 0.2 * max(shape) ** 0.5  # Adam's root mean square
+            momentum = torch.stack([state["momentum"].flatten(1) for state in states])
+            update = orthogonal(grad.lerp(momentum, group["beta"]).to(self.dtype))
+            scale = 0.2 * max(shape) ** 0.5  # then its mean square is that of Adam's
             for p, u in zip(ps, update):
-                p.sub_(u.reshape(p.shape), alpha=scale)
+                p.sub_(u.reshape(p.shape), alpha=scale * group["lr"])
+
+
+def optimizers(net):
+    """Adam, and for the matrices inside the U-Net Muon."""
+    inside, rest = [], []
+    for name, p in net.named_parameters():
+        muon = p.dim() > 1 and name.startswith(INSIDE) and "emb" not in name
+        (inside if muon else rest).append(p)
+    adam = torch.optim.Adam(rest, fused=True)
+    return [adam, Muon(inside, net.dtype)] if inside else [adam]
 
 
 def orthogonal(X, steps=5):
@@ -917,7 +906,7 @@ def average(ema, net, decay):
 
 
 def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
-    """Muon on loss(net, x0, label); returns the average of the weights, to draw with.
+    """Adam and Muon on loss(net, x0, label); returns the averaged network, to draw by.
 
     data: images uint8 (N, C, H, W), labels (N,) or None; x0 (B, C, H, W) in [low, 1].
     run: a checkpoint to go on from: step n draws everything from (seed, n, rank).
@@ -927,11 +916,11 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     net = prepare(net, args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    opt = Muon(net)
+    opts = optimizers(net)
     first, rows = 0, []
     if run:
         first, rows = run.step, run.rows
-        restore(run, net, ema, opt, extra)
+        restore(run, net, ema, opts, extra)
     elif rank() == 0:
         claim(args)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
@@ -951,7 +940,9 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
             l.backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             lr = learning_rate(step, args.steps, args.lr)
-            opt.step(lr, net.dtype)
+            for opt, factor in zip(opts, (1, MUON)):
+                opt.param_groups[0]["lr"] = factor * lr
+                opt.step()
             net.zero_grad()
             average(ema, net, min(args.ema, (1 + step) / (10 + step)))  # short at first
             recent.append(torch.stack([l.detach(), norm]))
@@ -976,7 +967,7 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
             if rank() == 0:
                 write_log(args.out, rows)
                 if done == 100 or done % 500 == 0 or done == args.steps:
-                    save_checkpoint(args, rows, net, ema, opt, extra)
+                    save_checkpoint(args, rows, net, ema, opts, extra)
                     saved = done
                 if preview and done < args.steps and (done == 100 or done % 2000 == 0):
                     seed_all(args.seed)
@@ -1001,28 +992,30 @@ def write_log(out, rows):
     plot(f"{out}/loss.png", curve, "step", "loss", logy=positive)
 
 
-def save_checkpoint(args, rows, net, ema, opt, extra):
+def save_checkpoint(args, rows, net, ema, opts, extra):
     """Write OUT/ckpt.pt, all or nothing."""
     settings = {name: getattr(args, name) for name in args.remembered}
     what = {"script": args.script, "args": settings, "step": rows[-1][0], "rows": rows}
     what |= {"net": net.state_dict(), "ema": ema.state_dict(), "extra": list(extra)}
+    what["opts"] = [opt.state_dict() for opt in opts]
     buffer = io.BytesIO()
-    what |= {"momentum": opt.momentum, "adam": opt.adam.state_dict()["state"]}
     torch.save(what, buffer)
     with aside(f"{args.out}/ckpt.pt") as f:
         f.write(buffer.getbuffer())
 
 
-def restore(run, net, ema, opt, extra):
+def restore(run, net, ema, opts, extra):
     """Put the state of a checkpoint back."""
     net.load_state_dict(run.saved["net"])
     ema.load_state_dict(run.saved["ema"])
-    groups = opt.adam.state_dict()["param_groups"]
-    opt.adam.load_state_dict({"state": run.saved["adam"], "param_groups": groups})
     try:
-        kept = [*run.saved["momentum"], *run.saved["extra"]]
-        for tensor, old in zip([*opt.momentum, *extra], kept, strict=True):
-            tensor.copy_(old.view(tensor.shape))
+        for opt, state in zip(opts, run.saved["opts"], strict=True):
+            opt.load_state_dict(state)
+            for p in opt.param_groups[0]["params"]:
+                for v in opt.state[p].values():
+                    v.expand_as(p)  # or an error
+        for tensor, old in zip(extra, run.saved["extra"], strict=True):
+            tensor.copy_(old)
     except DAMAGE as e:
         raise UserError(f"ckpt.pt is damaged or of another version: {e}") from e
 
@@ -1118,16 +1111,7 @@ def save_process(frames, path):
     save_picture(grid(rows, cols=len(at)), f"{path}.png")
 
 
-COLORS = [
-    "#2563eb",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#4b5563",
-    "#8b5a2b",
-]
+COLORS = ["#2563eb", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b5563"]
 
 
 class Axis:

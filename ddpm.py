@@ -96,9 +96,8 @@ def loss(net, x0, abar, label=None, p_null=0.1, predict="eps"):
     a, s = scales(abar[t], x0)
     x_t = a * x0 + s * eps  # eq. (4)
     target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[predict]
-    return (
-        (target - net(x_t, t, hide(label, p_null))).square().mean()
-    )  # line 5, eq. (14)
+    out = net(x_t, t, hide(label, p_null))
+    return (target - out).square().mean()  # line 5, eq. (14)
 
 
 # ------------------------------------------------------ sampling: Algorithm 2, and DDIM
@@ -196,8 +195,8 @@ def slerp(a, b, f):
     """From a (f = 0) to b (f = 1), (C, H, W), on the great circle: DDIM, eq. (67)."""
     cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
     angle = cosine.clamp(-1, 1).acos()
-    # eq. (67)
-    return (((1 - f) * angle).sin() * a + (f * angle).sin() * b) / angle.sin()
+    way = ((1 - f) * angle).sin() * a + (f * angle).sin() * b
+    return way / angle.sin()  # eq. (67)
 
 
 # ------------------------------------------------- variances, and the variational bound
@@ -262,9 +261,7 @@ def log_decoder(x0, mean, sigma):
     return log_b + (-torch.expm1(log_a - log_b)).log()  # log(Phi(b) - Phi(a))
 
 
-def bound_term(
-    out, x0, x_t, t, abar, predict="eps", variance="beta", gamma=None, clip=False
-):
+def bound_term(out, x0, x_t, t, abar, predict, variance, gamma=None, clip=False):
     """(L_{t-1} in bits/dim (B,), predicted x_0); t (B,), out = net(x_t, t), eq. (5).
 
     KL(q(x_{t-1} | x_t, x_0) || p_theta); for t = 1 the decoder, eq. (13). beta~_1 = 0
@@ -332,11 +329,10 @@ LOSSES = {"simple": loss, "hybrid": hybrid_loss, "vlb": vlb_loss}
 
 
 @torch.no_grad()
-def evaluate_bound(
-    net, images, abar, N, predict, variance="beta", gamma=None, clip=True
-):
+def evaluate_bound(net, images, abar, N, *options, clip=True):
     """(L_T in bits/dim, rows (T, 3)) of uint8 images: L_{t-1} in bits/dim, its variance
-    over images, the mean squared error of x_0; N images drawn anew for each t."""
+    over images, the mean squared error of x_0; N images drawn anew for each t. options:
+    of bound_term, from predict on."""
     square = images.double().div(127.5).sub(1).square().mean()
     abar_T = abar[-1].cpu()
     prior = (abar_T * (square - 1) - (1 - abar_T).log()) / 2 / math.log(2)  # L_T
@@ -347,9 +343,7 @@ def evaluate_bound(
         a, s = scales(abar[steps], x0)
         x_t = a * x0 + s * torch.randn_like(x0)
         out = net(x_t, steps)
-        l, x0_hat = bound_term(
-            out, x0, x_t, steps, abar, predict, variance, gamma, clip
-        )
+        l, x0_hat = bound_term(out, x0, x_t, steps, abar, *options, clip=clip)
         x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
         rows.append(torch.stack([l.mean(), l.var(), (x0_hat - x0).square().mean()]))
     return prior.item(), torch.stack(rows).cpu()
@@ -362,12 +356,7 @@ def flags():
     """The command line: what all scripts share, and the papers' own."""
     p = common.arguments(__doc__)
     add = p.settled.add_argument
-    add(
-        "--T",
-        type=COUNT,
-        default=1000,
-        help="steps of the forward process (paper: 1000)",
-    )
+    add("--T", type=COUNT, default=1000, help="steps of diffusion (paper: 1000)")
     add("--schedule", choices=SCHEDULES, default="shifted", help="paper: linear")
     add("--predict", choices=["eps", "x0", "v"], default="v", help="paper: eps")
     add("--objective", choices=[*LOSSES], default="simple", help="two learn sigma_t")
@@ -433,8 +422,8 @@ def report_bound(args, net, abar, variance, gamma):
     common.full_precision(net)
     gamma = None if gamma is None else gamma.to(abar)
     say(f"bound  {N} test images at each of {args.T} steps ...")
-    options = args.predict, variance, gamma, not args.no_clip
-    prior, rows = evaluate_bound(net, images, abar, N, *options)
+    options, clip = (args.predict, variance, gamma), not args.no_clip
+    prior, rows = evaluate_bound(net, images, abar, N, *options, clip=clip)
     if not rows.isfinite().all():
         raise UserError("the bound is not finite: train the network longer")
     L, var, mse = rows.T
@@ -445,9 +434,8 @@ def report_bound(args, net, abar, variance, gamma):
         for t, row in enumerate(zip(L, (var / N).sqrt(), rate, rmse), 1):
             f.write((f"{t}," + ",".join(f"{v:.6g}" for v in row) + "\n").encode())
     curve = {"predicted x_0": list(zip(rate.tolist(), rmse.tolist()))}
-    common.plot(
-        f"{out}/rate-distortion.png", curve, "bits/dim sent", "rms, grey levels"
-    )
+    names = "bits/dim sent", "rms, grey levels"
+    common.plot(f"{out}/rate-distortion.png", curve, *names)
     parts = f"L_T {prior:.3g}   L_1..T-1 {L[1:].sum():.4f}   L_0 {L[0]:.4f}"
     total, error = prior + L.sum(), (var.sum() / N).sqrt()
     say(f"bound  {variance}: {parts}   sum {total:.4f} +- {error:.4f} bits/dim")

@@ -151,10 +151,7 @@ def level_ratio(d):
     """
     if d <= 4:
         raise UserError(f"Technique 2 has no solution in d = {d}: it needs d > 4")
-    low, high = (
-        1.0,
-        2 / (1 - 3 / math.sqrt(2 * d)),
-    )  # overlap falls from 0.997 below 0.5
+    low, high = 1.0, 2 / (1 - 3 / math.sqrt(2 * d))  # overlap 0.997, and below 0.5
     for _ in range(100):
         middle = (low + high) / 2
         if overlap(middle, d) > 0.5:
@@ -182,15 +179,11 @@ def derive(d, sigma_max, sigma_min, T, L=None):
     """(L, eps for sample) by Techniques 2 (unless L is given) and 4, all printed."""
     gamma, span = level_ratio(d), math.log(sigma_max / sigma_min)
     L = L or math.ceil(1 + span / math.log(gamma))
-    actual = math.exp(
-        span / max(1, L - 1)
-    )  # a whole number of levels: slightly smaller
+    actual = math.exp(span / max(1, L - 1))  # L is a whole number: slightly smaller
     r, value = step_size(actual, T)
     say(f"tech 1 sigma_1 = {sigma_max:.4g}, the distance of the farthest two images")
     say(f"tech 2 gamma = {gamma:.5f}, so L = {L}; overlap {overlap(actual, d):.3f}")
-    say(
-        "tech 3 s(x, sigma) = net(x) / sigma; tech 5: the average of the weights, --ema"
-    )
+    say("tech 3 s(x, sigma) = net(x) / sigma; tech 5: averaged weights, --ema")
     say(f"tech 4 variance {value:.4f} sigma^2 on leaving a level, r = {r:.4g}, T = {T}")
     return L, 2 * r * sigma_min**2  # x + alpha/2 s here, x + alpha s there
 
@@ -221,24 +214,14 @@ def flags():
     add("--improved", action="store_true", help="NCSNv2: Techniques 1 to 5")
     objectives = ["dsm", "ssm", "ssm-vr"]
     add("--objective", choices=objectives, default="dsm", help="denoising or sliced")
-    add(
-        "--sigma-max",
-        type=common.SCALE,
-        help="sigma_1 (5, or by Technique 1; paper: 1)",
-    )
-    add("--sigma-min", type=common.SCALE, default=0.05, help="sigma_L (papers: 0.01)")
-    add("--levels", type=common.COUNT, help="L (30, or by Technique 2; paper: 10)")
-    add(
-        "--power",
-        type=common.number(float, 0, 9),
-        default=3.0,
-        help="of lambda (paper: 2)",
-    )
+    count, scale, power = common.COUNT, common.SCALE, common.number(float, 0, 9)
+    add("--sigma-max", type=scale, help="sigma_1 (5, or by Technique 1; paper: 1)")
+    add("--sigma-min", type=scale, default=0.05, help="sigma_L (papers: 0.01)")
+    add("--levels", type=count, help="L (30, or by Technique 2; paper: 10)")
+    add("--power", type=power, default=3.0, help="of lambda (paper: 2)")
     add = p.add_argument
-    add(
-        "--eps", type=common.SCALE, help="step size (1e-3, or Technique 4; paper: 2e-5)"
-    )
-    add("--T", type=common.COUNT, help="steps a level (10, improved 5; papers: 100, 5)")
+    add("--eps", type=scale, help="step size (1e-3, or Technique 4; paper: 2e-5)")
+    add("--T", type=count, help="steps a level (10, improved 5; papers: 100, 5)")
     add("--no-denoise", action="store_true", help="leave out the last denoising step")
     return p
 
@@ -303,9 +286,7 @@ def main(argv=None):
     eps = args.eps or eps
     sigma = geometric_sigmas(args.sigma_max, args.sigma_min, args.levels)
     r, inflation = meter(sigma, eps)
-    say(
-        f"meter  r = a / sigma^2 = {r:.4g}, which inflates variances by {inflation:.4g}"
-    )
+    say(f"meter  r = a / sigma^2 = {r:.4g}, inflates variances by {inflation:.4g}")
     if r > 1:
         say(f"warn   r > {1 if r <= 2 else 2}: Langevin steps overshoot, lower --eps")
 

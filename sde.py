@@ -8,19 +8,18 @@ Papers   Song et al. 2021, arXiv:2011.13456 (equation numbers without a name)
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
 Forward  dx = f(x, t) dt + g(t) dw, so x(t) = a(t) x(0) + s(t) z      eqs. (5), (29)
 Loss     E_t lambda(t) E || s_theta(x(t), t) - grad log p_0t(x(t) | x(0)) ||^2,
-         lambda = s^2; here by default s^2 (1 + sigma^2)                    eq. (7)
+         lambda = s^2 (--weighting paper); by default EDM's, for all SDEs   eq. (7)
 Sample   dx = [f - g^2 s_theta] dt + g dw, from T down to 0                 eq. (6)
 ODE      dx = [f - g^2 s_theta / 2] dt has the same p_t(x); the integral of its
          divergence gives log p(x)                                   eqs. (13), (39)
 Network  one for all: in y = x / a = x(0) + sigma z, sigma = s / a, these SDEs are all
          the same noise; D(y; sigma) = E[x(0) | y] as in EDM's Table 1 with
-         sigma_data = 1: the network returns -v of arXiv:2202.00512
-Differs  mean over pixels instead of sum; lambda, with which all sigma count alike for
-         the network, as in EDM (--weighting paper: s^2); EDM has ln sigma ~ N(-0.4, 1),
-         as in EDM2; a smaller U-Net, told log sigma, where EDM has log(sigma) / 4;
-         Muon, and a learning rate that decays; the average of the weights begins with
-         decay 0.1, the authors' with 0.18; images are dequantised in
-         training too; D is clipped to [-1, 1] while drawing; the steps are exact
+         sigma_data = 1. So a trained network draws by any of them: --sample-only --sde
+Differs  mean over pixels instead of sum; the loss and its noise, which are EDM's for
+         all SDEs, at a larger sigma; a smaller U-Net, told log sigma, where EDM has
+         log(sigma) / 4; Muon, and a learning rate that decays; the average of the
+         weights begins with decay 0.1, the authors' with 0.18; images are dequantised
+         in training too; D is clipped to [-1, 1] while drawing; the steps are exact
          transitions of the SDE, N gaps from T to t_min (the authors' Euler-Maruyama has
          steps of 1 / N on N - 1 gaps), and E[x(0) | x(t_min)] is what is returned
 
@@ -173,37 +172,24 @@ def D_theta(net, y, sigma, label=None, sigma_data=1.0):
     return c_skip * y + c_out * net(c_in * y, c_noise, label)  # eq. (7)
 
 
-def eps_theta(net, y, sigma, label=None, sigma_data=1.0):
-    """Estimate of z: (y - D_theta) / sigma, divided out, as y - D would cancel."""
-    c_noise = sigma.log()
-    sigma = per_sample(sigma, y)
-    c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
-    out = net(c_in * y, c_noise, label)
-    return sigma * c_in**2 * y - sigma_data * c_in * out
+def loss(net, x0, sde, label=None, p_null=0.1, likelihood=False):
+    """Denoising score matching, eq. (7), lambda = s^2, t uniform; the mean over pixels.
 
-
-def loss(net, x0, sde, label=None, p_null=0.1, weighting="paper"):
-    """Denoising score matching, eq. (7), a mean over pixels; x0 (B, ...).
-
-    paper: lambda = s^2, t uniform. even: lambda = s^2 (1 + sigma^2), EDM's, by which an
-    error of the network's output counts alike at all t. likelihood: lambda = g^2
-    (ScoreFlow) by a constant, t drawn from g^2 / s^2 = d log sigma^2 / dt: log sigma is
-    uniform. One in ten labels is hidden (-1).
+    x0 (B, ...). likelihood: lambda = g^2 (ScoreFlow) by a constant, t being drawn from
+    g^2 / s^2 = d log sigma^2 / dt: log sigma is uniform. One in ten labels is hidden
+    (-1).
     """
     u = torch.rand(len(x0), device=x0.device)
     t = sde.t_min + u * (sde.T - sde.t_min)
-    if weighting == "likelihood":
+    if likelihood:
         low, high = sigma_range(sde)
         t = sde.time(low * (high / low) ** u)
     a, s = sde.kernel(t)
-    sigma = s / a
+    sigma = per_sample(s / a, x0)
     z = torch.randn_like(x0)
-    y = x0 + per_sample(sigma, x0) * z  # x(t) / a(t), x(t) ~ p_0t, eq. (29)
-    eps = eps_theta(net, y, sigma, hide(label, p_null))
-    l = (eps - z).square()  # eq. (7): s^2 || -eps / s + z / s ||^2
-    if weighting == "even":
-        l = per_sample(1 + sigma**2, x0) * l
-    return l.mean()
+    y = x0 + sigma * z  # x(t) / a(t), x(t) ~ p_0t, eq. (29)
+    eps = (y - D_theta(net, y, s / a, hide(label, p_null))) / sigma
+    return (eps - z).square().mean()  # eq. (7): s^2 || -eps / s + z / s ||^2
 
 
 def edm_loss(net, x0, label=None, p_null=0.1, sigma_data=1.0):
@@ -490,23 +476,20 @@ def make_score(net, sde, label=None, w=0.0, classifier=None, clip=True):
 
     def score(x, t):
         a, s = sde.kernel(t)
-        y, sigma = x / a, (s / a).to(x)
-        sigmas = sigma.expand(len(x))
-        eps = eps_theta(net, y, sigmas, None if classifier else label)
+        y, sigma = x / a, (s / a).to(x).expand(len(x))
+        D = D_theta(net, y, sigma, None if classifier else label)
         if classifier:
             with torch.enable_grad():
                 leaf = y.detach().requires_grad_()
-                log_p = logits(classifier, leaf, sigmas).log_softmax(1)
+                log_p = logits(classifier, leaf, sigma).log_softmax(1)
                 total = log_p.gather(1, label[:, None]).sum()
                 (grad,) = torch.autograd.grad(total, leaf)
-            eps = eps - w * sigma * grad  # eq. (14), times -s
+            D = D + w * per_sample(sigma, x) ** 2 * grad  # eq. (14), for D
         elif w:
-            null = eps_theta(net, y, sigmas, torch.full_like(label, -1))
-            eps = (1 + w) * eps - w * null
+            D = (1 + w) * D - w * D_theta(net, y, sigma, torch.full_like(label, -1))
         if clip:
-            D = y - sigma * eps
-            eps = eps + (D - D.clamp(-1, 1)) / sigma
-        return -eps / s
+            D = D.clamp(-1, 1)
+        return (a * D - x) / s**2
 
     return score
 
@@ -537,12 +520,13 @@ def flags():
     p = common.arguments(__doc__)
     count, scale, text = common.COUNT, common.SCALE, common.path
     positive = common.number(float, 0)
-    add = p.settled.add_argument
-    sdes, weightings = ["vp", "ve", "subvp", "edm"], ["paper", "even", "likelihood"]
-    add("--sde", choices=sdes, default="vp", help="edm: sigma(t) = t, with EDM's loss")
+    add = p.kept.add_argument
+    sdes, weightings = ["vp", "ve", "subvp", "edm"], ["edm", "paper", "likelihood"]
+    add("--sde", choices=sdes, default="vp", help="(%(default)s) edm: sigma(t) = t")
     add("--sigma-min", type=scale, help="of VE and EDM (0.01; 0.002, as the papers)")
     add("--sigma-max", type=scale, help="of both (34, paper: 50; 80, as the paper)")
-    add("--weighting", choices=weightings, default="even", help="lambda; paper: s^2")
+    add = p.settled.add_argument
+    add("--weighting", choices=weightings, default="edm", help="the loss; paper: s^2")
     add("--train-classifier", action="store_true", help="train p(label | x(t)) instead")
     add = p.add_argument
     names = ["em", "reverse", "ancestral", "pc", "ode", "heun", "adaptive"]
@@ -675,8 +659,8 @@ def check(args):
     """UserError for flags that do not fit; returns the classifier, or None."""
     if args.sde in ("vp", "subvp") and (args.sigma_min or args.sigma_max):
         raise UserError("--sigma-min and --sigma-max are for --sde ve and edm")
-    if args.sde == "edm" and args.weighting == "likelihood":
-        raise UserError("--weighting likelihood: --sde edm has a weight of its own")
+    if args.sde == "edm" and args.weighting != "edm" and not args.sample_only:
+        raise UserError("--sde edm has a loss of its own: --weighting edm")
     if args.train_classifier and args.sample_only:
         raise UserError("a classifier draws nothing: give it to --classifier")
     if args.classifier and not args.sample_only:
@@ -705,9 +689,10 @@ def main(argv=None):
         y = dequantised(x0)
         if args.train_classifier:
             return classifier_loss(net, y, label)
-        if args.sde == "edm":
+        if args.weighting == "edm":
             return edm_loss(net, y, label)
-        return loss(net, y, sde, label, weighting=args.weighting)
+        likelihood = args.weighting == "likelihood"
+        return loss(net, y, sde, label, likelihood=likelihood)
 
     def preview(net, n):  # quickly
         quick = copy.copy(args)
