@@ -290,9 +290,7 @@ def read_idx(name, split, kind, data_dir):
     shape = np.frombuffer(head[4:], ">u4").tolist()
     data = np.frombuffer(raw[len(head) :], np.uint8)
     if head[:4] != bytes([0, 0, 8, ndim]) or math.prod(shape) != len(data):
-        raise UserError(
-            f"{path} is damaged, or no IDX file of bytes in {ndim} dimensions"
-        )
+        raise UserError(f"{path} is damaged, or no IDX file of {ndim} dimensions")
     return torch.tensor(data.reshape(shape))
 
 
@@ -509,10 +507,8 @@ class UNet(nn.Module):
         """UserError unless images of this shape C, H, W can be halved."""
         factor = self.patch * 2 ** (len(self.down) - 1)
         if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
-            words = f"C x H x W with H and W multiples of {factor}"
-            raise UserError(
-                f"images of {list(shape)} do not fit the U-Net: give {words}"
-            )
+            words = f"images of {list(shape)} do not fit the U-Net"
+            raise UserError(f"{words}: H and W must be multiples of {factor}")
 
     def forward(self, x, noise, label=None):
         self.check(x.shape[1:])
@@ -592,7 +588,7 @@ COUNT = number(int, 1)
 SCALE = number(float, 1e-9)
 SHARE = number(float, 0, 0.999999)
 SEED = number(int, 0, 2**63 - 1)
-BY_DEVICE = {"batch_size": (16, 256), "width": (32, 64), "steps": (10_000, 6_000)}
+BY_DEVICE = {"batch_size": (32, 256), "width": (32, 64), "steps": (5_000, 6_000)}
 CHUNK = {"cpu": 20, "cuda": 500}  # images drawn at once, always so many
 
 
@@ -611,11 +607,11 @@ def arguments(doc):
     sets = f"or {', '.join(SETS[1:])}, FOLDER"
     add("--dataset", type=path, default="digits", help=sets)
     add("--data-dir", type=path, default="data", help="where data sets are kept")
-    add("--steps", type=COUNT, help="of training (10000, digits 4000; on CUDA 6000)")
+    add("--steps", type=COUNT, help="of training (5000, digits 2000; on CUDA 6000)")
     add("--seed", type=SEED, default=0, help="of all that is random (%(default)s)")
     add = p.settled.add_argument
     add("--size", type=COUNT, help="crop a folder's pictures to SIZE pixels squared")
-    add("--batch-size", type=COUNT, help="images a step (16; on CUDA 256)")
+    add("--batch-size", type=COUNT, help="images a step (32; on CUDA 256)")
     add("--lr", type=SCALE, default=1e-3, help="largest learning rate (%(default)s)")
     add("--ema", type=SHARE, default=0.999, help="decay of the average of the weights")
     add("--width", type=COUNT, help="channels at full resolution (32; on CUDA 64)")
@@ -632,6 +628,9 @@ def arguments(doc):
     add("--samples", type=COUNT, default=100, help="images to draw (%(default)s)")
     add("--npz", action="store_true", help="also OUT/samples.npz, for --judge and FID")
     add("--label", type=number(int, 0), help="draw this class only (all in turn)")
+    weight = number(float, 0)
+    words = "w: with --classes classifier-free, else autoguidance (%(default)s)"
+    add("--guidance", type=weight, default=0.0, help=words)
     return p
 
 
@@ -666,7 +665,7 @@ def start(parser, kinds, script, argv=None):
         if getattr(args, name) is None:
             setattr(args, name, cuda if "cuda" in args.device else cpu)
             if name == "steps" and "digits" in args.dataset:
-                args.steps = min(args.steps, 4000)
+                args.steps = min(args.steps, 2000)
     join_processes(args)
     keep_memory()
     seed_all(args.seed)  # the network's first weights
@@ -771,7 +770,8 @@ def claim(args):
 
 
 def load_checkpoint(folder, kinds):
-    """What train() wrote: .script .args .step .rows .saved .net (the averaged network).
+    """What train() wrote: .script .args .step .rows .saved, .net (the averaged network)
+    and .early (that after a tenth of the steps).
 
     kinds: {script: (flags, network)} of those that will do. No pickle is run. UserError
     if it is missing, another's, damaged, or does not fit the network of its settings.
@@ -790,6 +790,8 @@ def load_checkpoint(folder, kinds):
     try:
         args = checked_settings(flags(), saved["args"])
         net = network(args).eval().requires_grad_(False)
+        early = copy.deepcopy(net)
+        early.load_state_dict(saved["early"])
         for name in ("net", "ema"):
             net.load_state_dict(saved[name])
         rows = [[float(v) for v in row] for row in saved["rows"]]
@@ -801,7 +803,7 @@ def load_checkpoint(folder, kinds):
     except (UserError, *DAMAGE) as e:
         raise UserError(f"{path} is damaged or of another version: {e}") from e
     fields = {"script": script, "args": args, "step": step, "rows": rows}
-    return SimpleNamespace(**fields, saved=saved, net=net)
+    return SimpleNamespace(**fields, saved=saved, net=net, early=early)
 
 
 def checked_settings(parser, saved):
@@ -836,6 +838,12 @@ def prepare(net, args):
     bf16 = auto or args.precision == "bf16"
     net.dtype = torch.bfloat16 if bf16 else torch.float32
     return net.to(args.device)
+
+
+def trained(args, kinds):
+    """(net, early) of the checkpoint in OUT, to draw with."""
+    run = load_checkpoint(args.out, kinds)
+    return prepare(run.net, args), prepare(run.early, args)
 
 
 def full_precision(net):
@@ -906,10 +914,11 @@ def average(ema, net, decay):
 
 
 def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
-    """Adam and Muon on loss(net, x0, label); returns the averaged network, to draw by.
+    """Adam and Muon on loss(net, x0, label); returns the average of the weights.
 
     data: images uint8 (N, C, H, W), labels (N,) or None; x0 (B, C, H, W) in [low, 1].
-    run: a checkpoint to go on from: step n draws everything from (seed, n, rank).
+    run: a checkpoint to go on from: step n draws everything from (seed, n, rank). The
+    checkpoint also keeps the average after a tenth of the steps, for autoguidance.
     preview(ema, n) draws n images; extra: tensors that the loss keeps.
     UserError if the loss is not finite, before the checkpoint is overwritten.
     """
@@ -917,10 +926,11 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
     net = prepare(net, args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opts = optimizers(net)
-    first, rows = 0, []
+    first, rows, early = 0, [], None
     if run:
         first, rows = run.step, run.rows
         restore(run, net, ema, opts, extra)
+        early = run.saved["early"] if 10 * first >= args.steps else None
     elif rank() == 0:
         claim(args)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
@@ -964,12 +974,16 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
             say(f"step   {done}/{args.steps}   loss {mean[0]:.4f}   {speed}")
             minutes += rows[-1][5] if rows else 0
             rows.append([done, *mean, lr, rate, minutes])
+            if not early and 10 * done >= args.steps:
+                early = copy.deepcopy(ema.state_dict())
             if rank() == 0:
                 write_log(args.out, rows)
                 if done == 100 or done % 500 == 0 or done == args.steps:
-                    save_checkpoint(args, rows, net, ema, opts, extra)
+                    averages = {"ema": ema.state_dict()}
+                    averages["early"] = early or averages["ema"]
+                    save_checkpoint(args, rows, net, averages, opts, extra)
                     saved = done
-                if preview and done < args.steps and (done == 100 or done % 2000 == 0):
+                if preview and done < args.steps and (done == 100 or done % 1000 == 0):
                     seed_all(args.seed)
                     picture = grid(to_uint8(preview(ema, 16), low), cols=4)
                     save_picture(picture, f"{args.out}/samples_{done:06d}.png")
@@ -992,11 +1006,11 @@ def write_log(out, rows):
     plot(f"{out}/loss.png", curve, "step", "loss", logy=positive)
 
 
-def save_checkpoint(args, rows, net, ema, opts, extra):
+def save_checkpoint(args, rows, net, averages, opts, extra):
     """Write OUT/ckpt.pt, all or nothing."""
     settings = {name: getattr(args, name) for name in args.remembered}
     what = {"script": args.script, "args": settings, "step": rows[-1][0], "rows": rows}
-    what |= {"net": net.state_dict(), "ema": ema.state_dict(), "extra": list(extra)}
+    what |= {"net": net.state_dict(), "extra": list(extra), **averages}
     what["opts"] = [opt.state_dict() for opt in opts]
     buffer = io.BytesIO()
     torch.save(what, buffer)
@@ -1041,9 +1055,11 @@ class Watch:
 def finish(args, draw, calls, name="", low=-1.0):
     """Draw args.samples images by draw(index, watch), in about so many calls each.
 
-    Saves samplesNAME.png, processNAME.gif and .png, with --npz samplesNAME.npz in OUT.
-    Chunks of one size have a seed each: image k does not depend on how many are drawn.
+    Saves samplesNAME.png, processNAME.gif and .png, with --npz samplesNAME.npz in OUT;
+    NAME ends in -wW where guidance of weight W is used. Chunks of one size have a seed
+    each: image k does not depend on how many are drawn.
     """
+    name += f"-w{args.guidance:g}" if args.guidance else ""
     parts, frames, began = [], None, time.perf_counter()
     chunk = CHUNK["cuda" if "cuda" in args.device else "cpu"]
     say(f"draw   {args.samples} images, {calls} evaluations of the network each ...")

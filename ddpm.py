@@ -7,6 +7,7 @@ Papers   Ho, Jain & Abbeel 2020, arXiv:2006.11239 (equation numbers without a na
          Salimans & Ho 2022, arXiv:2202.00512: --predict v
          Hoogeboom et al. 2023, arXiv:2301.11093 (simple diffusion): --schedule shifted
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
+         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guidance without labels
 Forward  q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 1 ... T        eq. (4)
 Loss     L_simple = E || eps - eps_theta(x_t, t) ||^2            Algorithm 1, eq. (14)
 Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t)
@@ -165,14 +166,17 @@ def ddim(eps_theta, x, abar, tau, eta=0.0):
     return x
 
 
-def predictor(net, abar, predict="eps", label=None, w=0.0, clip=True, learned=False):
+def predictor(
+    net, abar, predict="eps", label=None, w=0.0, clip=True, learned=False, early=None
+):
     """The network as the samplers call it: eps_theta(x_t, t), t a number.
 
-    w: classifier-free guidance, eq. (6) of its paper. clip: x_0 to [-1, 1], as images
-    are. learned: the pair (eps, v) of a network with two channels for one.
+    w: classifier-free guidance, eq. (6) of its paper; or, where there are no labels, by
+    the network early in its training (Karras et al. 2024). clip: x_0 to [-1, 1], as
+    images are. learned: the pair (eps, v) of a network with two channels for one.
     """
-    if w and label is None:
-        raise ValueError("guidance needs labels (B,)")
+    if w and label is None and early is None:
+        raise ValueError("guidance needs labels (B,), or the network early in training")
 
     def eps_theta(x, t):
         steps = torch.full((len(x),), t, device=x.device)
@@ -180,8 +184,9 @@ def predictor(net, abar, predict="eps", label=None, w=0.0, clip=True, learned=Fa
         out = net(x, steps, label)
         out, v = out[:, :C], out[:, C:]
         if w:
-            null = net(x, steps, torch.full_like(label, -1))[:, :C]
-            out = (1 + w) * out - w * null  # eq. (6)
+            null = None if label is None else torch.full_like(label, -1)
+            worse = (early if null is None else net)(x, steps, null)[:, :C]
+            out = (1 + w) * out - w * worse  # eq. (6)
         a, s = abar[t].sqrt(), (1 - abar[t]).sqrt()
         eps, x0 = eps_and_x0(out, x, a, s, predict)
         if clip:
@@ -366,7 +371,6 @@ def flags():
     add("--variance", choices=VARIANCES, help="sigma_t^2 (beta, or learned if it was)")
     add("--eta", type=number(float, 0, 1), default=0.0, help="noise of DDIM (0)")
     add("--no-clip", action="store_true", help="do not clip x_0 to [-1, 1]")
-    add("--guidance", type=number(float, 0), default=0.0, help="w, with --classes (0)")
     add("--evaluate-bound", type=number(int, 2), help="bits/dim, so many images a step")
     add("--interpolate", action="store_true", help="OUT/interpolate.png of test images")
     return p
@@ -385,7 +389,8 @@ def load(folder, device="cpu", label=None, w=0.0):
     """(eps_theta, abar, shape of an image) of a run, for sample() and ddim()."""
     run = common.load_checkpoint(folder, KIND)
     abar = schedule(run.args.schedule, run.args.T)
-    f = predictor(run.net.to(device), abar, run.args.predict, label, w)
+    early = run.early.to(device)
+    f = predictor(run.net.to(device), abar, run.args.predict, label, w, early=early)
     return f, abar, run.args.shape
 
 
@@ -466,8 +471,6 @@ def check(args):
     args.sample_steps = args.sample_steps or args.T
     if args.variance == "learned" and not learned:
         raise UserError("--variance learned: train with --objective hybrid or vlb")
-    if args.guidance and not args.classes:
-        raise UserError("--guidance: train with --classes")
     if args.eta and args.sampler != "ddim":
         raise UserError("--eta is the noise of --sampler ddim")
     if args.objective == "vlb" and "RANK" in os.environ:
@@ -490,37 +493,38 @@ def main(argv=None):
     tau = subsequence(args.T, args.sample_steps)
     gamma = None
 
-    def draw(net, index, watch, sampler=args.sampler, tau=tau, eta=args.eta):
+    def draw(net, early, index, watch):
         label = common.labels_of(args, index)
-        learned = sampler == "ddpm" and args.variance == "learned"
-        options = label, args.guidance, not args.no_clip, learned
+        learned = args.sampler == "ddpm" and args.variance == "learned"
+        options = label, args.guidance, not args.no_clip, learned, early
         f = watch(predictor(net, abar, args.predict, *options))
         x = torch.randn(len(index), *args.shape, device=args.device)
-        if sampler == "ddim":
-            return ddim(f, x, abar, tau, eta)
+        if args.sampler == "ddim":
+            return ddim(f, x, abar, tau, args.eta)
         if args.variance == "beta" and len(tau) == len(abar):
             return sample(f, x, abar)
         return ancestral(f, x, abar, tau, args.variance, gamma)
 
     def preview(net, n):  # quickly
+        label = common.labels_of(args, torch.arange(n))
+        x = torch.randn(n, *args.shape, device=args.device)
         steps = subsequence(args.T, min(50, args.T))
-        return draw(net, torch.arange(n), common.Watch(), "ddim", steps, 0.0)
+        return ddim(predictor(net, abar, args.predict, label), x, abar, steps)
 
     def objective(net, x0, label):
         options = {"history": history} if extra else {}
         of = LOSSES[args.objective]
         return of(net, x0, table, label=label, predict=args.predict, **options)
 
-    if args.sample_only:
-        net = common.prepare(run.net, args)
-    else:
+    if not args.sample_only:
         data = common.training_data(args, run)
         history = torch.full((args.T, 10), math.inf, device=args.device)
         extra = [history] if args.objective == "vlb" else []
         options = {"run": run, "preview": preview, "extra": extra}
-        net = common.train(args, network(args), objective, data, **options)
+        common.train(args, network(args), objective, data, **options)
     if common.rank() > 0:
         return
+    net, early = common.trained(args, KIND)
     if args.variance == "analytic":
         steps = range(args.T + 1) if args.evaluate_bound else tau
         gamma = analytic_gamma(args, net, abar, steps)
@@ -532,7 +536,7 @@ def main(argv=None):
     else:
         name = "" if args.sampler == "ddpm" else "-ddim"
         calls = args.sample_steps * (2 if args.guidance else 1)
-        common.finish(args, functools.partial(draw, net), calls, name)
+        common.finish(args, functools.partial(draw, net, early), calls, name)
 
 
 if __name__ == "__main__":

@@ -251,12 +251,7 @@ def flags():
     add("--task", choices=tasks, default="inpaint", help="what to do (%(default)s)")
     masks = "hides: left, right, top, bottom, center, band, random; or FILE, its black"
     add("--mask", type=common.path, default="left", help=masks)
-    add(
-        "--keep",
-        type=common.SHARE,
-        default=0.25,
-        help="share that --mask random leaves",
-    )
+    add("--keep", type=common.SHARE, default=0.25, help="left by --mask random")
     add("--factor", type=common.COUNT, default=4, help="super: pixels squared in one")
     add("--blur", type=common.SCALE, default=1.5, help="deblur: width in pixels")
     add("--noise", type=common.SCALE, default=0.5, help="denoise: sigma; white is 1")

@@ -234,21 +234,32 @@ def network(args):
 KIND = {"ncsn": (flags, network)}
 
 
-def as_score(net, label=None):
-    """The network as sample() calls it: s(x, sigma_i), sigma_i a number."""
+def as_score(net, label=None, w=0.0, early=None):
+    """The network as sample() calls it: s(x, sigma_i), sigma_i a number.
+
+    w: guidance, (1 + w) s - w s', s' without the label (arXiv:2207.12598), or where
+    there are no labels by the network early in its training (arXiv:2406.02507).
+    """
 
     def s(x, sigma_i):
-        return score(net, x, torch.full((len(x),), sigma_i, device=x.device), label)
+        sigma = torch.full((len(x),), sigma_i, device=x.device)
+        better = score(net, x, sigma, label)
+        if not w:
+            return better
+        null = None if label is None else torch.full_like(label, -1)
+        worse = score(early if null is None else net, x, sigma, null)
+        return (1 + w) * better - w * worse
 
     return s
 
 
-def load(folder, device="cpu", label=None):
+def load(folder, device="cpu", label=None, w=0.0):
     """(score, sigma, shape of an image) of a trained run, as sample() wants them."""
     run = common.load_checkpoint(folder, KIND)
     a = run.args
     sigma = geometric_sigmas(a.sigma_max, a.sigma_min, a.levels)
-    return as_score(run.net.to(device), label), sigma, a.shape
+    s = as_score(run.net.to(device), label, w, run.early.to(device))
+    return s, sigma, a.shape
 
 
 def denoiser(run, device="cpu"):
@@ -290,19 +301,17 @@ def main(argv=None):
     if r > 1:
         say(f"warn   r > {1 if r <= 2 else 2}: Langevin steps overshoot, lower --eps")
 
-    def draw(net, index, watch):
+    def draw(net, index, watch, w=0.0, early=None):
         x = torch.rand(len(index), *args.shape, device=args.device)
         if args.improved:
             x = args.sigma_max * torch.randn_like(x)
-        s = watch(as_score(net, common.labels_of(args, index)))
+        s = watch(as_score(net, common.labels_of(args, index), w, early))
         return sample(s, x, sigma, eps, T, not args.no_denoise)
 
     def preview(net, n):
         return draw(net, torch.arange(n), common.Watch())
 
-    if args.sample_only:
-        net = common.prepare(run.net, args)
-    else:
+    if not args.sample_only:
         levels = sigma.float().to(args.device)
         sliced = functools.partial(ssm_loss, reduced=args.objective == "ssm-vr")
         matching = loss if args.objective == "dsm" else sliced
@@ -311,10 +320,11 @@ def main(argv=None):
             return matching(net, x, levels, label, args.power)
 
         options = {"run": run, "low": 0.0, "preview": preview}
-        net = common.train(args, network(args), objective, data, **options)
+        common.train(args, network(args), objective, data, **options)
     if common.rank() == 0:
-        calls = args.levels * T + (not args.no_denoise)
-        common.finish(args, functools.partial(draw, net), calls, low=0.0)
+        net, early = common.trained(args, KIND)
+        f = functools.partial(draw, net, w=args.guidance, early=early)
+        common.finish(args, f, args.levels * T + (not args.no_denoise), low=0.0)
 
 
 if __name__ == "__main__":

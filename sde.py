@@ -6,6 +6,7 @@ Papers   Song et al. 2021, arXiv:2011.13456 (equation numbers without a name)
          Jolicoeur-Martineau et al. 2021, arXiv:2105.14080: --sampler adaptive
          Karras et al. 2022, arXiv:2206.00364 (EDM): --sde edm, --sampler heun
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
+         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guidance without labels
 Forward  dx = f(x, t) dt + g(t) dw, so x(t) = a(t) x(0) + s(t) z      eqs. (5), (29)
 Loss     E_t lambda(t) E || s_theta(x(t), t) - grad log p_0t(x(t) | x(0)) ||^2,
          lambda = s^2 (--weighting paper); by default EDM's, for all SDEs   eq. (7)
@@ -28,7 +29,6 @@ Differs  mean over pixels instead of sum; the loss and its noise, which are EDM'
     python sde.py --dataset mnist --sample-only --sampler ancestral --sample-steps 1000
 """
 
-import copy
 import functools
 import itertools
 import math
@@ -66,9 +66,8 @@ class VE:
 
     def time(self, sigma):
         """The t at which s / a = sigma."""
-        return (sigma / self.sigma_min).log() / math.log(
-            self.sigma_max / self.sigma_min
-        )
+        ratio = self.sigma_max / self.sigma_min
+        return (sigma / self.sigma_min).log() / math.log(ratio)
 
 
 class EDM(VE):
@@ -152,11 +151,16 @@ def sigma_range(sde):
     return tuple((s / a).tolist())
 
 
-def times(sde, N, rho=None):
-    """(N + 1,) float64, from T to t_min: even in t, or rho: EDM, eq. (5), in sigma."""
-    if rho is None:
-        return torch.linspace(sde.T, sde.t_min, N + 1, dtype=torch.float64)
-    return sde.time(karras_sigmas(N + 1, *sigma_range(sde), rho)[:-1])  # eq. (5)
+def times(sde, N, grid="t"):
+    """(N + 1,) float64, from T to t_min: even in t; edm: as EDM, eq. (5); or angle:
+    atan(sigma / 2) is even, as in DDPM's cosine schedule with sigma doubled."""
+    low, high = sigma_range(sde)
+    if grid == "edm":
+        return sde.time(karras_sigmas(N + 1, low, high)[:-1])  # eq. (5)
+    if grid == "angle":
+        ends = math.atan(high / 2), math.atan(low / 2)
+        return sde.time(2 * torch.linspace(*ends, N + 1, dtype=torch.float64).tan())
+    return torch.linspace(sde.T, sde.t_min, N + 1, dtype=torch.float64)
 
 
 # -------------------------------------------------------------- the network, the losses
@@ -467,11 +471,12 @@ def classifier_loss(net, x0, label, sigma_min=0.05, sigma_max=20.0):
     return F.cross_entropy(logits(net, y, sigma), label)
 
 
-def make_score(net, sde, label=None, w=0.0, classifier=None, clip=True):
+def make_score(net, sde, label=None, w=0.0, classifier=None, clip=True, early=None):
     """score(x, t) of a network, as the samplers call it. label (B,): a class each.
 
-    w: with a classifier s + w grad log p(label | x(t)), eq. (14), else classifier-free,
-    (1 + w) s(x, label) - w s(x). clip: D to [-1, 1], as images are; not for log p.
+    w: with a classifier s + w grad log p(label | x(t)), eq. (14), else (1 + w) s - w s'
+    with s' of no label (classifier-free), or, if there are none, of the network early
+    in its training (autoguidance). clip: D to [-1, 1], as images are; not for log p.
     """
 
     def score(x, t):
@@ -486,7 +491,9 @@ def make_score(net, sde, label=None, w=0.0, classifier=None, clip=True):
                 (grad,) = torch.autograd.grad(total, leaf)
             D = D + w * per_sample(sigma, x) ** 2 * grad  # eq. (14), for D
         elif w:
-            D = (1 + w) * D - w * D_theta(net, y, sigma, torch.full_like(label, -1))
+            null = None if label is None else torch.full_like(label, -1)
+            worse = D_theta(early if null is None else net, y, sigma, null)
+            D = (1 + w) * D - w * worse
         if clip:
             D = D.clamp(-1, 1)
         return (a * D - x) / s**2
@@ -519,7 +526,6 @@ def flags():
     """The command line: what all scripts share, and the papers' own."""
     p = common.arguments(__doc__)
     count, scale, text = common.COUNT, common.SCALE, common.path
-    positive = common.number(float, 0)
     add = p.kept.add_argument
     sdes, weightings = ["vp", "ve", "subvp", "edm"], ["edm", "paper", "likelihood"]
     add("--sde", choices=sdes, default="vp", help="(%(default)s) edm: sigma(t) = t")
@@ -532,14 +538,15 @@ def flags():
     names = ["em", "reverse", "ancestral", "pc", "ode", "heun", "adaptive"]
     add("--sampler", choices=names, default="heun", help="(%(default)s)")
     add("--sample-steps", type=count, help="N (heun 25, EDM: 18; else 500, paper 1000)")
-    add("--rho", type=scale, help="of EDM's sigma grid (heun, EDM: 7; else t is even)")
+    grids = ["t", "edm", "angle"]
+    add("--grid", choices=grids, default="angle", help="of steps; paper: even in t")
     add("--snr", type=scale, default=0.16, help="r of the corrector; paper: VP 0.01")
     add("--corrector-steps", type=count, default=1, help="M (1, as the paper)")
     add("--tol", type=scale, help="of ode, bits (1e-5, as the paper), adaptive (0.05)")
-    add("--churn", type=positive, default=10.0, help="S_churn of heun (10; EDM: 0-80)")
+    churn = common.number(float, 0)
+    add("--churn", type=churn, default=10.0, help="S_churn of heun (10; EDM: 0-80)")
     add("--no-clip", action="store_true", help="do not clip D to [-1, 1]")
-    add("--guidance", type=positive, help="w (of --classes 0, of a --classifier 1)")
-    add("--classifier", type=text, help="RUN folder of --train-classifier, to guide by")
+    add("--classifier", type=text, help="RUN of --train-classifier, to guide by")
     add("--evaluate-bits", type=common.number(int, 2), help="bits/dim of N test images")
     add("--probes", type=count, default=1, help="random vectors an image, for bits (1)")
     add("--interpolate", action="store_true", help="OUT/interpolate.png")
@@ -562,7 +569,8 @@ def load(folder, device="cpu", label=None, w=0.0):
     """(score, SDE, shape of an image) of a trained run, as the samplers want them."""
     run = common.load_checkpoint(folder, KIND)
     sde = make_sde(run.args, draw=True)
-    return make_score(run.net.to(device), sde, label, w), sde, run.args.shape
+    net, early = run.net.to(device), run.early.to(device)
+    return make_score(net, sde, label, w, early=early), sde, run.args.shape
 
 
 def denoiser(run, device="cpu"):
@@ -583,9 +591,9 @@ def denoiser(run, device="cpu"):
 def sampler(args, sde):
     """The function of --sampler, what it takes after (score, sde, x), and how often it
     calls the score; ode and adaptive choose that for themselves, 200 is a guess."""
-    name, M, rho = args.sampler, args.corrector_steps, args.rho
-    N = args.sample_steps or (25 if name == "heun" else 500)
-    ts = times(sde, N, rho or (7.0 if args.sde == "edm" else None))
+    name, M = args.sampler, args.corrector_steps
+    N = args.sample_steps or (25 if name == "heun" else 50)
+    ts = times(sde, N, args.grid)
     pc = pc_ve if isinstance(sde, VE) else pc_vp
     return {
         "em": (em, [ts], N + 1),
@@ -593,18 +601,17 @@ def sampler(args, sde):
         "ancestral": (ancestral, [ts], N + 1),
         "pc": (pc, [ts, args.snr, M], N * (1 + M) + 1),
         "ode": (ode, [args.tol or 1e-5], 200),
-        "heun": (heun, [N, rho or 7.0, args.churn], 2 * N - 1),
+        "heun": (heun, [N, 7.0, args.churn], 2 * N - 1),
         "adaptive": (adaptive, [args.tol or 0.05], 200),
     }[name]
 
 
-def draw(args, classifier, net, index, watch):
+def draw(args, classifier, net, early, index, watch):
     """Images number index, by the command's flags."""
     sde = make_sde(args, draw=True)
     label = common.labels_of(args, index)
-    w = float(classifier is not None) if args.guidance is None else args.guidance
     clip = not args.no_clip and args.sampler != "ode"  # there it would be a kink
-    score = make_score(net, sde, label, w, classifier, clip)
+    score = make_score(net, sde, label, args.guidance, classifier, clip, early)
     look = watch(lambda x: x)
 
     def watched(x, t):
@@ -665,8 +672,6 @@ def check(args):
         raise UserError("a classifier draws nothing: give it to --classifier")
     if args.classifier and not args.sample_only:
         raise UserError("--classifier guides a trained run: add --sample-only")
-    if args.guidance and not (args.classes or args.classifier):
-        raise UserError("--guidance: train with --classes, or give a --classifier")
     make_sde(args)
     if not args.classifier:
         return None
@@ -695,20 +700,18 @@ def main(argv=None):
         return loss(net, y, sde, label, likelihood=likelihood)
 
     def preview(net, n):  # quickly
-        quick = copy.copy(args)
-        quick.sampler, quick.sample_steps, quick.churn = "heun", 18, 0.0
-        return draw(quick, None, net, torch.arange(n), common.Watch())
+        label = common.labels_of(args, torch.arange(n))
+        x = sde.prior * torch.randn(n, *args.shape, device=args.device)
+        return heun(make_score(net, sde, label), sde, x, 18)
 
-    if args.sample_only:
-        net = common.prepare(run.net, args)
-    else:
+    if not args.sample_only:
         args.classes = args.classes or args.train_classifier
         data = common.training_data(args, run)
         preview = None if args.train_classifier else preview
-        net = network(args)
-        net = common.train(args, net, objective, data, run, preview=preview)
+        common.train(args, network(args), objective, data, run, preview=preview)
     if common.rank() > 0 or args.train_classifier:
         return
+    net, early = common.trained(args, KIND)
 
     if args.evaluate_bits or args.interpolate:
         images = common.test_images(args, or_training=args.interpolate)
@@ -718,9 +721,10 @@ def main(argv=None):
         report = report_bits if args.evaluate_bits else interpolate
         report(args, score, sde, images)
         return
-    name = "" if args.sampler == "heun" else f"-{args.sampler}"
-    _, _, calls = sampler(args, sde)
-    common.finish(args, functools.partial(draw, args, classifier, net), calls, name)
+    name = "" if not run or args.sde == run.args.sde else f"-{args.sde}"
+    name += "" if args.sampler == "heun" else f"-{args.sampler}"
+    f, (_, _, calls) = functools.partial(draw, args, classifier), sampler(args, sde)
+    common.finish(args, functools.partial(f, net, early), calls, name)
 
 
 if __name__ == "__main__":
