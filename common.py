@@ -901,9 +901,9 @@ def orthogonal(X, steps=5):
 
 
 def learning_rate(step, steps, largest):
-    """Up to the largest in the first 5 % of the steps, then a cosine down to 0."""
+    """Up to the largest in the first 5 % of the steps; from a fifth on, down to 0."""
     done = (step + 1) / steps
-    return largest * min(1, 20 * done) * (1 + math.cos(math.pi * done)) / 2
+    return largest * min(1, 20 * done, 1.25 * (1 - done))
 
 
 @torch.no_grad()

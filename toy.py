@@ -156,7 +156,9 @@ def fit(net, loss, steps=2000):
     """The network after so many steps of Adam on loss(net)."""
     opt = torch.optim.Adam(net.parameters(), fused=True)
     for step in range(steps):
-        opt.param_groups[0]["lr"] = common.learning_rate(step, steps, 8e-3)
+        done = (step + 1) / steps
+        cosine = (1 + math.cos(math.pi * done)) / 2
+        opt.param_groups[0]["lr"] = 8e-3 * min(1, 20 * done) * cosine
         loss(net).backward()
         opt.step()
         opt.zero_grad()
