@@ -629,8 +629,12 @@ def arguments(doc):
     add("--npz", action="store_true", help="also OUT/samples.npz, for --judge and FID")
     add("--label", type=number(int, 0), help="draw this class only (all in turn)")
     weight = number(float, 0)
-    words = "w: with --classes classifier-free, else autoguidance (%(default)s)"
-    add("--guidance", type=weight, default=0.0, help=words)
+    add("--guidance", type=weight, default=0.0, help="w, of --classes or --guide (0)")
+    add(
+        "--guide",
+        type=path,
+        help="RUN like this one, trained less, to be led away from",
+    )
     return p
 
 
@@ -770,8 +774,7 @@ def claim(args):
 
 
 def load_checkpoint(folder, kinds):
-    """What train() wrote: .script .args .step .rows .saved, .net (the averaged network)
-    and .early (that after a tenth of the steps).
+    """What train() wrote: .script .args .step .rows .saved .net (the averaged network).
 
     kinds: {script: (flags, network)} of those that will do. No pickle is run. UserError
     if it is missing, another's, damaged, or does not fit the network of its settings.
@@ -790,8 +793,6 @@ def load_checkpoint(folder, kinds):
     try:
         args = checked_settings(flags(), saved["args"])
         net = network(args).eval().requires_grad_(False)
-        early = copy.deepcopy(net)
-        early.load_state_dict(saved["early"])
         for name in ("net", "ema"):
             net.load_state_dict(saved[name])
         rows = [[float(v) for v in row] for row in saved["rows"]]
@@ -803,7 +804,7 @@ def load_checkpoint(folder, kinds):
     except (UserError, *DAMAGE) as e:
         raise UserError(f"{path} is damaged or of another version: {e}") from e
     fields = {"script": script, "args": args, "step": step, "rows": rows}
-    return SimpleNamespace(**fields, saved=saved, net=net, early=early)
+    return SimpleNamespace(**fields, saved=saved, net=net)
 
 
 def checked_settings(parser, saved):
@@ -840,10 +841,25 @@ def prepare(net, args):
     return net.to(args.device)
 
 
-def trained(args, kinds):
-    """(net, early) of the checkpoint in OUT, to draw with."""
-    run = load_checkpoint(args.out, kinds)
-    return prepare(run.net, args), prepare(run.early, args)
+def load_guide(args, kinds, same=()):
+    """The run of --guide, or None. UserError if it is not like this one, or w clashes.
+
+    same: settings that must agree, if it is of the same script.
+    """
+    if args.guidance and not (args.classes or args.guide):
+        raise UserError("--guidance: train with --classes, or give a --guide")
+    if not args.guide:
+        return None
+    if not (args.sample_only and args.guidance):
+        raise UserError("--guide leads a trained run: add --sample-only --guidance 1")
+    run = load_checkpoint(args.guide, kinds)
+    same = ("n_classes", *same) if run.script == args.script else ()
+    for name in ("shape", *same):
+        ours, theirs = getattr(args, name), getattr(run.args, name)
+        if ours != theirs:
+            raise UserError(f"--guide {args.guide} has {name} {theirs}, not {ours}")
+    prepare(run.net, args)
+    return run
 
 
 def full_precision(net):
@@ -914,11 +930,10 @@ def average(ema, net, decay):
 
 
 def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
-    """Adam and Muon on loss(net, x0, label); returns the average of the weights.
+    """Adam and Muon on loss(net, x0, label); returns the averaged network, to draw by.
 
     data: images uint8 (N, C, H, W), labels (N,) or None; x0 (B, C, H, W) in [low, 1].
-    run: a checkpoint to go on from: step n draws everything from (seed, n, rank). The
-    checkpoint also keeps the average after a tenth of the steps, for autoguidance.
+    run: a checkpoint to go on from: step n draws everything from (seed, n, rank).
     preview(ema, n) draws n images; extra: tensors that the loss keeps.
     UserError if the loss is not finite, before the checkpoint is overwritten.
     """
@@ -926,11 +941,10 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
     net = prepare(net, args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opts = optimizers(net)
-    first, rows, early = 0, [], None
+    first, rows = 0, []
     if run:
         first, rows = run.step, run.rows
         restore(run, net, ema, opts, extra)
-        early = run.saved["early"] if 10 * first >= args.steps else None
     elif rank() == 0:
         claim(args)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
@@ -974,14 +988,10 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
             say(f"step   {done}/{args.steps}   loss {mean[0]:.4f}   {speed}")
             minutes += rows[-1][5] if rows else 0
             rows.append([done, *mean, lr, rate, minutes])
-            if not early and 10 * done >= args.steps:
-                early = copy.deepcopy(ema.state_dict())
             if rank() == 0:
                 write_log(args.out, rows)
                 if done == 100 or done % 500 == 0 or done == args.steps:
-                    averages = {"ema": ema.state_dict()}
-                    averages["early"] = early or averages["ema"]
-                    save_checkpoint(args, rows, net, averages, opts, extra)
+                    save_checkpoint(args, rows, net, ema, opts, extra)
                     saved = done
                 if preview and done < args.steps and (done == 100 or done % 1000 == 0):
                     seed_all(args.seed)
@@ -1006,11 +1016,11 @@ def write_log(out, rows):
     plot(f"{out}/loss.png", curve, "step", "loss", logy=positive)
 
 
-def save_checkpoint(args, rows, net, averages, opts, extra):
+def save_checkpoint(args, rows, net, ema, opts, extra):
     """Write OUT/ckpt.pt, all or nothing."""
     settings = {name: getattr(args, name) for name in args.remembered}
     what = {"script": args.script, "args": settings, "step": rows[-1][0], "rows": rows}
-    what |= {"net": net.state_dict(), "extra": list(extra), **averages}
+    what |= {"net": net.state_dict(), "ema": ema.state_dict(), "extra": list(extra)}
     what["opts"] = [opt.state_dict() for opt in opts]
     buffer = io.BytesIO()
     torch.save(what, buffer)
@@ -1062,7 +1072,8 @@ def finish(args, draw, calls, name="", low=-1.0):
     name += f"-w{args.guidance:g}" if args.guidance else ""
     parts, frames, began = [], None, time.perf_counter()
     chunk = CHUNK["cuda" if "cuda" in args.device else "cpu"]
-    say(f"draw   {args.samples} images, {calls} evaluations of the network each ...")
+    each = f"{calls * (2 if args.guidance else 1)} evaluations of the network each"
+    say(f"draw   {args.samples} images, {each} ...")
     for first in range(0, args.samples, chunk):
         seed_all(args.seed, first)
         watch = Watch(calls)

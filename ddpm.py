@@ -7,7 +7,7 @@ Papers   Ho, Jain & Abbeel 2020, arXiv:2006.11239 (equation numbers without a na
          Salimans & Ho 2022, arXiv:2202.00512: --predict v
          Hoogeboom et al. 2023, arXiv:2301.11093 (simple diffusion): --schedule shifted
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
-         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guidance without labels
+         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guide
 Forward  q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 1 ... T        eq. (4)
 Loss     L_simple = E || eps - eps_theta(x_t, t) ||^2            Algorithm 1, eq. (14)
 Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t)
@@ -24,7 +24,6 @@ Differs  mean over pixels instead of sum; the shifted cosine schedule; the netwo
     python ddpm.py --dataset mnist --sample-only --evaluate-bound 100     # bits/dim
 """
 
-import functools
 import math
 import os
 from itertools import pairwise
@@ -167,16 +166,16 @@ def ddim(eps_theta, x, abar, tau, eta=0.0):
 
 
 def predictor(
-    net, abar, predict="eps", label=None, w=0.0, clip=True, learned=False, early=None
+    net, abar, predict="eps", label=None, w=0.0, guide=None, clip=True, learned=False
 ):
     """The network as the samplers call it: eps_theta(x_t, t), t a number.
 
-    w: classifier-free guidance, eq. (6) of its paper; or, where there are no labels, by
-    the network early in its training (Karras et al. 2024). clip: x_0 to [-1, 1], as
-    images are. learned: the pair (eps, v) of a network with two channels for one.
+    w: classifier-free guidance, eq. (6) of its paper; or, with a guide, a network like
+    this one but worse, autoguidance. clip: x_0 to [-1, 1], as images are. learned: the
+    pair (eps, v) of a network with two channels for one.
     """
-    if w and label is None and early is None:
-        raise ValueError("guidance needs labels (B,), or the network early in training")
+    if w and label is None and guide is None:
+        raise ValueError("guidance needs labels (B,), or a guide")
 
     def eps_theta(x, t):
         steps = torch.full((len(x),), t, device=x.device)
@@ -184,9 +183,11 @@ def predictor(
         out = net(x, steps, label)
         out, v = out[:, :C], out[:, C:]
         if w:
-            null = None if label is None else torch.full_like(label, -1)
-            worse = (early if null is None else net)(x, steps, null)[:, :C]
-            out = (1 + w) * out - w * worse  # eq. (6)
+            if guide:
+                worse = guide(x, steps, label)
+            else:
+                worse = net(x, steps, torch.full_like(label, -1))
+            out = (1 + w) * out - w * worse[:, :C]  # eq. (6)
         a, s = abar[t].sqrt(), (1 - abar[t]).sqrt()
         eps, x0 = eps_and_x0(out, x, a, s, predict)
         if clip:
@@ -389,8 +390,7 @@ def load(folder, device="cpu", label=None, w=0.0):
     """(eps_theta, abar, shape of an image) of a run, for sample() and ddim()."""
     run = common.load_checkpoint(folder, KIND)
     abar = schedule(run.args.schedule, run.args.T)
-    early = run.early.to(device)
-    f = predictor(run.net.to(device), abar, run.args.predict, label, w, early=early)
+    f = predictor(run.net.to(device), abar, run.args.predict, label, w)
     return f, abar, run.args.shape
 
 
@@ -488,15 +488,16 @@ def analytic_gamma(args, net, abar, tau):
 def main(argv=None):
     args, run = common.start(flags(), KIND, "ddpm", argv)
     check(args)
+    guide = common.load_guide(args, KIND, ("T", "schedule", "predict"))
     abar = schedule(args.schedule, args.T)  # the samplers' table, and the loss's
     table = abar.to(args.device)
     tau = subsequence(args.T, args.sample_steps)
     gamma = None
 
-    def draw(net, early, index, watch):
+    def draw(index, watch):
         label = common.labels_of(args, index)
         learned = args.sampler == "ddpm" and args.variance == "learned"
-        options = label, args.guidance, not args.no_clip, learned, early
+        options = label, args.guidance, guide and guide.net, not args.no_clip, learned
         f = watch(predictor(net, abar, args.predict, *options))
         x = torch.randn(len(index), *args.shape, device=args.device)
         if args.sampler == "ddim":
@@ -516,15 +517,16 @@ def main(argv=None):
         of = LOSSES[args.objective]
         return of(net, x0, table, label=label, predict=args.predict, **options)
 
-    if not args.sample_only:
+    if args.sample_only:
+        net = common.prepare(run.net, args)
+    else:
         data = common.training_data(args, run)
         history = torch.full((args.T, 10), math.inf, device=args.device)
         extra = [history] if args.objective == "vlb" else []
         options = {"run": run, "preview": preview, "extra": extra}
-        common.train(args, network(args), objective, data, **options)
+        net = common.train(args, network(args), objective, data, **options)
     if common.rank() > 0:
         return
-    net, early = common.trained(args, KIND)
     if args.variance == "analytic":
         steps = range(args.T + 1) if args.evaluate_bound else tau
         gamma = analytic_gamma(args, net, abar, steps)
@@ -535,8 +537,7 @@ def main(argv=None):
         interpolate(args, f, abar)
     else:
         name = "" if args.sampler == "ddpm" else "-ddim"
-        calls = args.sample_steps * (2 if args.guidance else 1)
-        common.finish(args, functools.partial(draw, net, early), calls, name)
+        common.finish(args, draw, args.sample_steps, name)
 
 
 if __name__ == "__main__":

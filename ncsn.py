@@ -234,11 +234,11 @@ def network(args):
 KIND = {"ncsn": (flags, network)}
 
 
-def as_score(net, label=None, w=0.0, early=None):
+def as_score(net, label=None, w=0.0, guide=None):
     """The network as sample() calls it: s(x, sigma_i), sigma_i a number.
 
-    w: guidance, (1 + w) s - w s', s' without the label (arXiv:2207.12598), or where
-    there are no labels by the network early in its training (arXiv:2406.02507).
+    w: guidance, (1 + w) s - w s'; s' is that of a worse network, the guide (Karras et
+    al. 2024, arXiv:2406.02507), or without one that of no label (arXiv:2207.12598).
     """
 
     def s(x, sigma_i):
@@ -246,8 +246,10 @@ def as_score(net, label=None, w=0.0, early=None):
         better = score(net, x, sigma, label)
         if not w:
             return better
-        null = None if label is None else torch.full_like(label, -1)
-        worse = score(early if null is None else net, x, sigma, null)
+        if guide:
+            worse = score(guide, x, sigma, label)
+        else:
+            worse = score(net, x, sigma, torch.full_like(label, -1))
         return (1 + w) * better - w * worse
 
     return s
@@ -258,8 +260,7 @@ def load(folder, device="cpu", label=None, w=0.0):
     run = common.load_checkpoint(folder, KIND)
     a = run.args
     sigma = geometric_sigmas(a.sigma_max, a.sigma_min, a.levels)
-    s = as_score(run.net.to(device), label, w, run.early.to(device))
-    return s, sigma, a.shape
+    return as_score(run.net.to(device), label, w), sigma, a.shape
 
 
 def denoiser(run, device="cpu"):
@@ -281,6 +282,7 @@ def denoiser(run, device="cpu"):
 
 def main(argv=None):
     args, run = common.start(flags(), KIND, "ncsn", argv)
+    guide = common.load_guide(args, KIND)
     T = args.T or (5 if args.improved else 10)
     if not args.sample_only:
         data = common.training_data(args, run)  # images, labels
@@ -301,17 +303,22 @@ def main(argv=None):
     if r > 1:
         say(f"warn   r > {1 if r <= 2 else 2}: Langevin steps overshoot, lower --eps")
 
-    def draw(net, index, watch, w=0.0, early=None):
+    def draw(net, index, watch, *guidance):
         x = torch.rand(len(index), *args.shape, device=args.device)
         if args.improved:
             x = args.sigma_max * torch.randn_like(x)
-        s = watch(as_score(net, common.labels_of(args, index), w, early))
+        s = watch(as_score(net, common.labels_of(args, index), *guidance))
         return sample(s, x, sigma, eps, T, not args.no_denoise)
+
+    def guided(index, watch):
+        return draw(net, index, watch, args.guidance, guide and guide.net)
 
     def preview(net, n):
         return draw(net, torch.arange(n), common.Watch())
 
-    if not args.sample_only:
+    if args.sample_only:
+        net = common.prepare(run.net, args)
+    else:
         levels = sigma.float().to(args.device)
         sliced = functools.partial(ssm_loss, reduced=args.objective == "ssm-vr")
         matching = loss if args.objective == "dsm" else sliced
@@ -320,11 +327,10 @@ def main(argv=None):
             return matching(net, x, levels, label, args.power)
 
         options = {"run": run, "low": 0.0, "preview": preview}
-        common.train(args, network(args), objective, data, **options)
+        net = common.train(args, network(args), objective, data, **options)
     if common.rank() == 0:
-        net, early = common.trained(args, KIND)
-        f = functools.partial(draw, net, w=args.guidance, early=early)
-        common.finish(args, f, args.levels * T + (not args.no_denoise), low=0.0)
+        calls = args.levels * T + (not args.no_denoise)
+        common.finish(args, guided, calls, low=0.0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Papers   Song et al. 2021, arXiv:2011.13456 (equation numbers without a name)
          Jolicoeur-Martineau et al. 2021, arXiv:2105.14080: --sampler adaptive
          Karras et al. 2022, arXiv:2206.00364 (EDM): --sde edm, --sampler heun
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
-         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guidance without labels
+         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guide
 Forward  dx = f(x, t) dt + g(t) dw, so x(t) = a(t) x(0) + s(t) z      eqs. (5), (29)
 Loss     E_t lambda(t) E || s_theta(x(t), t) - grad log p_0t(x(t) | x(0)) ||^2,
          lambda = s^2 (--weighting paper); by default EDM's, for all SDEs   eq. (7)
@@ -471,12 +471,12 @@ def classifier_loss(net, x0, label, sigma_min=0.05, sigma_max=20.0):
     return F.cross_entropy(logits(net, y, sigma), label)
 
 
-def make_score(net, sde, label=None, w=0.0, classifier=None, clip=True, early=None):
+def make_score(net, sde, label=None, w=0.0, classifier=None, guide=None, clip=True):
     """score(x, t) of a network, as the samplers call it. label (B,): a class each.
 
     w: with a classifier s + w grad log p(label | x(t)), eq. (14), else (1 + w) s - w s'
-    with s' of no label (classifier-free), or, if there are none, of the network early
-    in its training (autoguidance). clip: D to [-1, 1], as images are; not for log p.
+    where s' is that of a worse network, the guide, or without one that of no label
+    (classifier-free). clip: D to [-1, 1], as images are; not for log p.
     """
 
     def score(x, t):
@@ -491,8 +491,10 @@ def make_score(net, sde, label=None, w=0.0, classifier=None, clip=True, early=No
                 (grad,) = torch.autograd.grad(total, leaf)
             D = D + w * per_sample(sigma, x) ** 2 * grad  # eq. (14), for D
         elif w:
-            null = None if label is None else torch.full_like(label, -1)
-            worse = D_theta(early if null is None else net, y, sigma, null)
+            if guide:
+                worse = D_theta(guide, y, sigma, label)
+            else:
+                worse = D_theta(net, y, sigma, torch.full_like(label, -1))
             D = (1 + w) * D - w * worse
         if clip:
             D = D.clamp(-1, 1)
@@ -525,7 +527,7 @@ def slerp(a, b, f):
 def flags():
     """The command line: what all scripts share, and the papers' own."""
     p = common.arguments(__doc__)
-    count, scale, text = common.COUNT, common.SCALE, common.path
+    count, scale = common.COUNT, common.SCALE
     add = p.kept.add_argument
     sdes, weightings = ["vp", "ve", "subvp", "edm"], ["edm", "paper", "likelihood"]
     add("--sde", choices=sdes, default="vp", help="(%(default)s) edm: sigma(t) = t")
@@ -546,7 +548,6 @@ def flags():
     churn = common.number(float, 0)
     add("--churn", type=churn, default=10.0, help="S_churn of heun (10; EDM: 0-80)")
     add("--no-clip", action="store_true", help="do not clip D to [-1, 1]")
-    add("--classifier", type=text, help="RUN of --train-classifier, to guide by")
     add("--evaluate-bits", type=common.number(int, 2), help="bits/dim of N test images")
     add("--probes", type=count, default=1, help="random vectors an image, for bits (1)")
     add("--interpolate", action="store_true", help="OUT/interpolate.png")
@@ -569,8 +570,7 @@ def load(folder, device="cpu", label=None, w=0.0):
     """(score, SDE, shape of an image) of a trained run, as the samplers want them."""
     run = common.load_checkpoint(folder, KIND)
     sde = make_sde(run.args, draw=True)
-    net, early = run.net.to(device), run.early.to(device)
-    return make_score(net, sde, label, w, early=early), sde, run.args.shape
+    return make_score(run.net.to(device), sde, label, w), sde, run.args.shape
 
 
 def denoiser(run, device="cpu"):
@@ -606,12 +606,14 @@ def sampler(args, sde):
     }[name]
 
 
-def draw(args, classifier, net, early, index, watch):
-    """Images number index, by the command's flags."""
+def draw(args, net, guide, index, watch):
+    """Images number index, by the command's flags; guide: a run, or None."""
     sde = make_sde(args, draw=True)
     label = common.labels_of(args, index)
     clip = not args.no_clip and args.sampler != "ode"  # there it would be a kink
-    score = make_score(net, sde, label, args.guidance, classifier, clip, early)
+    other = {guide.script: guide.net} if guide else {}
+    guides = other.get("classifier"), other.get("sde")
+    score = make_score(net, sde, label, args.guidance, *guides, clip)
     look = watch(lambda x: x)
 
     def watched(x, t):
@@ -663,23 +665,17 @@ def interpolate(args, score, sde, images):
 
 
 def check(args):
-    """UserError for flags that do not fit; returns the classifier, or None."""
+    """UserError for flags that do not fit; returns the run of --guide, or None."""
     if args.sde in ("vp", "subvp") and (args.sigma_min or args.sigma_max):
         raise UserError("--sigma-min and --sigma-max are for --sde ve and edm")
     if args.sde == "edm" and args.weighting != "edm" and not args.sample_only:
         raise UserError("--sde edm has a loss of its own: --weighting edm")
     if args.train_classifier and args.sample_only:
-        raise UserError("a classifier draws nothing: give it to --classifier")
-    if args.classifier and not args.sample_only:
-        raise UserError("--classifier guides a trained run: add --sample-only")
-    make_sde(args)
-    if not args.classifier:
-        return None
-    guide = common.load_checkpoint(args.classifier, CLASSIFIER)
-    if guide.args.shape != args.shape:
-        raise UserError(f"{args.classifier} is for images of {guide.args.shape}")
-    args.n_classes = guide.args.n_classes
-    return common.prepare(guide.net, args)
+        raise UserError("a classifier draws nothing: give it to --guide")
+    guide = common.load_guide(args, KIND | CLASSIFIER)
+    if guide:
+        args.n_classes = guide.args.n_classes
+    return guide
 
 
 def main(argv=None):
@@ -687,7 +683,7 @@ def main(argv=None):
     kinds = CLASSIFIER if parser.parse_args(argv).train_classifier else KIND
     (script,) = kinds
     args, run = common.start(parser, kinds, script, argv)
-    classifier = check(args)
+    guide = check(args)
     sde = make_sde(args)
 
     def objective(net, x0, label):
@@ -704,14 +700,16 @@ def main(argv=None):
         x = sde.prior * torch.randn(n, *args.shape, device=args.device)
         return heun(make_score(net, sde, label), sde, x, 18)
 
-    if not args.sample_only:
+    if args.sample_only:
+        net = common.prepare(run.net, args)
+    else:
         args.classes = args.classes or args.train_classifier
         data = common.training_data(args, run)
         preview = None if args.train_classifier else preview
-        common.train(args, network(args), objective, data, run, preview=preview)
+        net = network(args)
+        net = common.train(args, net, objective, data, run, preview=preview)
     if common.rank() > 0 or args.train_classifier:
         return
-    net, early = common.trained(args, KIND)
 
     if args.evaluate_bits or args.interpolate:
         images = common.test_images(args, or_training=args.interpolate)
@@ -723,8 +721,8 @@ def main(argv=None):
         return
     name = "" if not run or args.sde == run.args.sde else f"-{args.sde}"
     name += "" if args.sampler == "heun" else f"-{args.sampler}"
-    f, (_, _, calls) = functools.partial(draw, args, classifier), sampler(args, sde)
-    common.finish(args, functools.partial(f, net, early), calls, name)
+    _, _, calls = sampler(args, sde)
+    common.finish(args, functools.partial(draw, args, net, guide), calls, name)
 
 
 if __name__ == "__main__":
