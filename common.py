@@ -795,12 +795,12 @@ def load_checkpoint(folder, kinds):
         net = network(args).eval().requires_grad_(False)
         for name in ("net", "ema"):
             net.load_state_dict(saved[name])
+            if not all(p.isfinite().all() for p in net.parameters()):
+                raise ValueError("its weights are not finite")
         rows = [[float(v) for v in row] for row in saved["rows"]]
         step = saved["step"]
         if type(step) is not int or step < 0 or {len(row) for row in rows} - {len(LOG)}:
             raise ValueError("its log")
-        if not all(p.isfinite().all() for p in net.parameters()):
-            raise ValueError("its weights are not finite")
     except (UserError, *DAMAGE) as e:
         raise UserError(f"{path} is damaged or of another version: {e}") from e
     fields = {"script": script, "args": args, "step": step, "rows": rows}

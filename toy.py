@@ -162,8 +162,8 @@ def fit(net, loss, steps=2000):
     opt = torch.optim.Adam(net.parameters(), fused=True)
     for step in range(steps):
         done = (step + 1) / steps
-        cosine = (1 + math.cos(math.pi * done)) / 2
-        opt.param_groups[0]["lr"] = 8e-3 * min(1, 20 * done) * cosine
+        lr = 4e-3 * min(1, 20 * done) * (1 + math.cos(math.pi * done))
+        opt.param_groups[0]["lr"] = lr
         loss(net).backward()
         opt.step()
         opt.zero_grad()
