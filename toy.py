@@ -162,8 +162,8 @@ def fit(net, loss, steps=2000):
     opt = torch.optim.Adam(net.parameters(), fused=True)
     for step in range(steps):
         done = (step + 1) / steps
-        lr = 4e-3 * min(1, 20 * done) * (1 + math.cos(math.pi * done))
-        opt.param_groups[0]["lr"] = lr
+        cosine = 1 + math.cos(math.pi * done)
+        opt.param_groups[0]["lr"] = 4e-3 * min(1, 20 * done) * cosine
         loss(net).backward()
         opt.step()
         opt.zero_grad()
@@ -640,8 +640,7 @@ def conditional():
     x_1 = Mixture(MIX.w, MIX.m[:, :1])
     w = x_1.parts(b[:1, :1])[0].softmax(1)[0]  # of the modes, given x_1
     exact = Mixture(w, MIX.m[:, 1:])
-    above = torch.special.ndtr(exact.m.flatten() / exact.v**0.5)
-    upper = (w * above).sum()
+    upper = (w * torch.special.ndtr(exact.m.flatten() / exact.v**0.5)).sum()
     what = "times", "P(x_2 > 0)", list(drawn), {"RePaint": drawn}
     return join(sweep(*what, lambda drawn, U: drawn[U] > 0, upper))
 
@@ -669,8 +668,7 @@ def main(argv=None):
         say(f"{name}: {' '.join(experiment.__doc__.split())}")
         for label, measured, error, exact in rows:
             line = f"    {label:80s} {measured:10.5g}"
-            if math.isfinite(error):
-                line += f"  +- {error:<8.4g}"
+            line += f"  +- {error:<8.4g}" if math.isfinite(error) else ""
             say(line + (f"  exact {exact:.4g}" if math.isfinite(exact) else ""))
         path = Path(args.out) / f"{name}.png"
         cols = 4 if panels[0].picture.width < 1100 else 2
