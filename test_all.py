@@ -944,6 +944,9 @@ class SDEs(Case):
         out = self.tiny(sde, "--sde", "edm")
         judge = self.dir / "judge"
         self.tiny(sde, "--train-classifier", "--out", judge)
+        label, w = self.dir / "label", "--guidance=1"
+        self.tiny(sde, "--classes", "--out", label)
+        self.runs(sde, "--sample-only", "--out", label, "--guide", label, w)
         draw = ["--sample-only", "--out", out, "--samples", 4, "--sample-steps", 3]
         guided = f"heun --guidance=2 --guide={judge} --label=3"
         for flags in ("ode --tol=0.1", "pc --sde=vp", guided):
@@ -956,6 +959,9 @@ class SDEs(Case):
             ("by classifier, not by sde", f"--sample-only --out={judge}"),
             ("is not below", "--sde ve --sigma-min 3 --sigma-max 2"),
             ("of its own", "--sde edm --weighting likelihood"),
+            ("add --sample-only", f"--guide={out} --guidance=1"),
+            ("add --sample-only", f"--sample-only --out={out} --guide={out}"),
+            ("has n_classes 10", f"--sample-only --out={out} --guide={label} {w}"),
         ):
             self.mistake(words, sde, "--out", self.dir / "x", *flags.split())
 
