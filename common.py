@@ -207,16 +207,16 @@ def load_images(name, split="train", data_dir="data", size=None):
 
 
 def draw_digits(split, colour=False, size=28):
-    """Digits in Pillow's own font, in four stroke widths and random quadrilaterals.
+    """Digits in Pillow's own font, in three stroke widths and random quadrilaterals.
 
     colour: in a random hue, of which the mean of the channels tells nothing.
     """
     n = 60_000 if split == "train" else 10_000
     font = ImageFont.load_default(96)
-    glyphs = [Image.new("L", (112, 112)) for _ in range(40)]
+    glyphs = [Image.new("L", (112, 112)) for _ in range(30)]
     for k, glyph in enumerate(glyphs):
         draw = ImageDraw.Draw(glyph)
-        draw.text((56, 56), str(k // 4), 255, font, anchor="mm", stroke_width=k % 4)
+        draw.text((56, 56), str(k // 3), 255, font, anchor="mm", stroke_width=k % 3)
     rng = np.random.default_rng(split == "test")
     which = rng.integers(len(glyphs), size=n)
     corners = np.array([0, 0, 0, 112, 112, 112, 112, 0]) + rng.normal(0, 8, (n, 8))
@@ -228,7 +228,7 @@ def draw_digits(split, colour=False, size=28):
         turn = 2 * math.pi * (rng.random((n, 1)) + np.arange(3) / 3)
         share = np.float32(0.5 + 0.35 * np.cos(turn))[:, :, None, None]
         images = np.rint(images * share).astype(np.uint8)
-    return torch.from_numpy(images), torch.from_numpy(which // 4)
+    return torch.from_numpy(images), torch.from_numpy(which // 3)
 
 
 def unzipped(raw):
