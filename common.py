@@ -630,11 +630,10 @@ def arguments(doc):
     add("--label", type=number(int, 0), help="draw this class only (all in turn)")
     weight = number(float, 0)
     add("--guidance", type=weight, default=0.0, help="w, of --classes or --guide (0)")
-    add(
-        "--guide",
-        type=path,
-        help="RUN like this one, trained less, to be led away from",
+    words = (
+        "RUN like this one but worse, to be led away from; sde.py: or a classifier's"
     )
+    add("--guide", type=path, help=words)
     return p
 
 
@@ -668,7 +667,7 @@ def start(parser, kinds, script, argv=None):
     for name, (cpu, cuda) in BY_DEVICE.items():
         if getattr(args, name) is None:
             setattr(args, name, cuda if "cuda" in args.device else cpu)
-            if name == "steps" and "digits" in args.dataset:
+            if name == "steps" and args.dataset in ("digits", "colour-digits"):
                 args.steps = min(args.steps, 2000)
     join_processes(args)
     keep_memory()

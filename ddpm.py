@@ -14,8 +14,9 @@ Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t)
                    + sigma_t z                                   Algorithm 2, eq. (11)
 Bound    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0 in bits/dim       eqs. (5), (13)
 Differs  mean over pixels instead of sum; the shifted cosine schedule; the network
-         returns v, not eps; a smaller U-Net; Muon, and a learning rate that decays; x_0
-         is clipped, as in the authors' code. Their decoder has a tanh where eq. (13)
+         returns v, not eps, and is compared with v, which weighs eps by 1 / abar_t; a
+         smaller U-Net; Muon, and a learning rate that decays; x_0 is clipped, as in the
+         authors' code. Their decoder has a tanh where eq. (13)
          has the normal distribution function, and a floor of 1e-12. DDIM's quadratic
          steps, which stop at 800 of 1000, are left out
 
@@ -149,7 +150,7 @@ def ddim(eps_theta, x, abar, tau, eta=0.0):
     """DDIM, eq. (12), along the falling steps tau; eta = 0 adds no noise, 1 DDPM's.
 
     Rising from 0 to T, with eta = 0, it encodes x_0 as its x_T. In the cosine schedule
-    1 / sqrt(abar_T) is 2e4: there it needs a predictor that clips x_0.
+    1 / sqrt(abar_T) is 2e4 or more: it needs a predictor that clips x_0.
     """
     check_steps(abar, tau if eta else ())
     for t, s in pairwise(tau):  # from x_t to x_s
@@ -222,7 +223,8 @@ def reverse_variance(kind, abar_t, abar_s, v=None, gamma=None, beta_tilde=None):
 
     learned: improved DDPM, eq. (15), with f = (v + 1) / 2 as in its code. analytic: the
     optimum beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), by gamma
-    of second_moment: Analytic-DPM, eqs. (11), (12); its authors clip the last x_0 only.
+    of second_moment (Analytic-DPM, Theorem 1), Cov in the bounds of its eqs. (11),
+    (12); its authors clip the last x_0 only.
     """
     beta = 1 - abar_t / abar_s
     if beta_tilde is None:
@@ -468,11 +470,12 @@ def check(args):
     """UserError for flags that contradict each other; sets what to draw with."""
     learned = args.objective != "simple"
     args.variance = args.variance or ("learned" if learned else "beta")
-    args.sample_steps = args.sample_steps or args.T
     if args.variance == "learned" and not learned:
         raise UserError("--variance learned: train with --objective hybrid or vlb")
     if args.eta and args.sampler != "ddim":
         raise UserError("--eta is the noise of --sampler ddim")
+    if args.variance == "analytic" and args.sampler == "ddim":
+        raise UserError("--variance is that of --sampler ddpm")
     if args.objective == "vlb" and "RANK" in os.environ:
         raise UserError("--objective vlb keeps a history of its loss: use one process")
 
@@ -480,7 +483,8 @@ def check(args):
 def analytic_gamma(args, net, abar, tau):
     """second_moment of 50 training images."""
     images, _ = common.load_images(args.dataset, "train", args.data_dir, args.size)
-    x0 = images[:50].to(args.device) / 127.5 - 1
+    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x0 = images[pick[:50]].to(args.device) / 127.5 - 1
     f = predictor(net, abar, args.predict, clip=False)
     return second_moment(f, x0, abar, tau)
 
@@ -491,7 +495,7 @@ def main(argv=None):
     guide = common.load_guide(args, KIND, ("T", "schedule", "predict"))
     abar = schedule(args.schedule, args.T)  # the samplers' table, and the loss's
     table = abar.to(args.device)
-    tau = subsequence(args.T, args.sample_steps)
+    tau = subsequence(args.T, args.sample_steps or args.T)
     gamma = None
 
     def draw(index, watch):
@@ -537,7 +541,7 @@ def main(argv=None):
         interpolate(args, f, abar)
     else:
         name = "" if args.sampler == "ddpm" else "-ddim"
-        common.finish(args, draw, args.sample_steps, name)
+        common.finish(args, draw, len(tau) - 1, name)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ Sample   for sigma_1 ... sigma_L, T times each:
          x <- x + alpha_i / 2 s(x, sigma_i) + sqrt(alpha_i) z,
          alpha_i = eps sigma_i^2 / sigma_L^2                                Algorithm 1
 Differs  mean over pixels instead of sum; one U-Net, told log sigma, that learns what
-         the score of N(0, (sigma^2 + 1/4) I) lacks; more levels, from a larger sigma,
-         lambda = sigma^3; Muon, clipped gradients, a learning rate that decays; an
+         the score of N(0, (sigma^2 + 1/4) I) lacks (not with --improved); more levels,
+         from a larger sigma to 0.05, T = 10 for 100, lambda = sigma^3; Muon, clipped gradients, a learning rate that decays; an
          average of the weights that is shorter at first; a last denoising step, as in
          the second paper (the first one's code returns the state before its last step,
          clamped). Both papers' code takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5
@@ -181,8 +181,10 @@ def derive(d, sigma_max, sigma_min, T, L=None):
     L = L or math.ceil(1 + span / math.log(gamma))
     actual = math.exp(span / max(1, L - 1))  # L is a whole number: slightly smaller
     r, value = step_size(actual, T)
-    say(f"tech 1 sigma_1 = {sigma_max:.4g}, the distance of the farthest two images")
-    say(f"tech 2 gamma = {gamma:.5f}, so L = {L}; overlap {overlap(actual, d):.3f}")
+    say(f"tech 1 sigma_1 = {sigma_max:.4g}, at best that of the farthest two images")
+    say(
+        f"tech 2 gamma = {gamma:.5f}; L = {L} levels overlap by {overlap(actual, d):.3f}"
+    )
     say("tech 3 s(x, sigma) = net(x) / sigma; tech 5: averaged weights, --ema")
     say(f"tech 4 variance {value:.4f} sigma^2 on leaving a level, r = {r:.4g}, T = {T}")
     return L, 2 * r * sigma_min**2  # x + alpha/2 s here, x + alpha s there
@@ -240,6 +242,9 @@ def as_score(net, label=None, w=0.0, guide=None):
     w: guidance, (1 + w) s - w s'; s' is that of a worse network, the guide (Karras et
     al. 2024, arXiv:2406.02507), or without one that of no label (arXiv:2207.12598).
     """
+
+    if w and label is None and guide is None:
+        raise ValueError("guidance needs labels (B,), or a guide")
 
     def s(x, sigma_i):
         sigma = torch.full((len(x),), sigma_i, device=x.device)

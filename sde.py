@@ -6,7 +6,8 @@ Papers   Song et al. 2021, arXiv:2011.13456 (equation numbers without a name)
          Jolicoeur-Martineau et al. 2021, arXiv:2105.14080: --sampler adaptive
          Karras et al. 2022, arXiv:2206.00364 (EDM): --sde edm, --sampler heun
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
-         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guide
+         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guide RUN, a worse run;
+         or a classifier's, trained by --train-classifier, for eq. (14)
 Forward  dx = f(x, t) dt + g(t) dw, so x(t) = a(t) x(0) + s(t) z      eqs. (5), (29)
 Loss     E_t lambda(t) E || s_theta(x(t), t) - grad log p_0t(x(t) | x(0)) ||^2,
          lambda = s^2 (--weighting paper); by default EDM's, for all SDEs   eq. (7)
@@ -20,9 +21,10 @@ Differs  mean over pixels instead of sum; the loss and its noise, which are EDM'
          all SDEs, at a larger sigma; a smaller U-Net, told log sigma, where EDM has
          log(sigma) / 4; Muon, and a learning rate that decays; the average of the
          weights begins with decay 0.1, the authors' with 0.18; images are dequantised
-         in training too; D is clipped to [-1, 1] while drawing; the steps are exact
-         transitions of the SDE, N gaps from T to t_min (the authors' Euler-Maruyama has
-         steps of 1 / N on N - 1 gaps), and E[x(0) | x(t_min)] is what is returned
+         in training too; D is clipped to [-1, 1] while drawing; beta_i and G_i are those
+         of the exact forward transition between two times, N gaps from T to t_min (the
+         authors' Euler-Maruyama has steps of 1 / N on N - 1 gaps); by default the times
+         are even in atan(sigma / 2), not in t; E[x(0) | x(t_min)] is what is returned
 
     python sde.py --dataset mnist       # trains, then see runs/sde-mnist/samples.png
     python sde.py --dataset mnist --sample-only --evaluate-bits 100  # exact bits/dim
@@ -199,8 +201,8 @@ def loss(net, x0, sde, label=None, p_null=0.1, likelihood=False):
 def edm_loss(net, x0, label=None, p_null=0.1, sigma_data=1.0):
     """EDM's loss, E lambda(sigma) || D(x0 + sigma z; sigma) - x0 ||^2, by its Table 1.
 
-    There ln sigma ~ N(-1.2, 1.2^2), for sigma_data = 0.5; here N(-0.4, 1), as in EDM2
-    (arXiv:2312.02696), and sigma grows with sigma_data.
+    There ln sigma ~ N(-1.2, 1.2^2), in EDM2 (arXiv:2312.02696) N(-0.4, 1), both for
+    sigma_data = 0.5. Here EDM2's sigma times sigma_data / 0.5.
     """
     n = torch.randn(len(x0), device=x0.device)
     sigma = 2 * sigma_data * (-0.4 + n).exp()
@@ -398,8 +400,9 @@ def heun(score, sde, x, N, rho=7.0, churn=0.0):
 
 @torch.no_grad()
 def adaptive(score, sde, x, tol=0.05, tol_abs=2 / 256, safety=0.9, r=0.9):
-    """Algorithm 1 of Jolicoeur-Martineau et al.: x' by Euler-Maruyama, x'' by a second
-    step from there, the same z; taken if x' - x'' is small. tol_abs: a grey level.
+    """Algorithm 1 of Jolicoeur-Martineau et al.: x' by Euler-Maruyama, x'' by the
+    mean of the steps at both ends, the same z; taken if x' - x'' is small. tol_abs: a
+    grey level.
     """
 
     def increment(x, t, h, z):
@@ -478,6 +481,8 @@ def make_score(net, sde, label=None, w=0.0, classifier=None, guide=None, clip=Tr
     where s' is that of a worse network, the guide, or without one that of no label
     (classifier-free). clip: D to [-1, 1], as images are; not for log p.
     """
+    if w and label is None and guide is None:
+        raise ValueError("guidance needs labels (B,), or a guide")
 
     def score(x, t):
         a, s = sde.kernel(t)
@@ -539,9 +544,10 @@ def flags():
     add = p.add_argument
     names = ["em", "reverse", "ancestral", "pc", "ode", "heun", "adaptive"]
     add("--sampler", choices=names, default="heun", help="(%(default)s)")
-    add("--sample-steps", type=count, help="N (heun 25, EDM: 18; else 500, paper 1000)")
+    add("--sample-steps", type=count, help="N (heun 25, EDM: 18; else 50, paper 1000)")
     grids = ["t", "edm", "angle"]
-    add("--grid", choices=grids, default="angle", help="of steps; paper: even in t")
+    words = "of the N steps of em, reverse, ancestral, pc (%(default)s; paper: t)"
+    add("--grid", choices=grids, default="angle", help=words)
     add("--snr", type=scale, default=0.16, help="r of the corrector; paper: VP 0.01")
     add("--corrector-steps", type=count, default=1, help="M (1, as the paper)")
     add("--tol", type=scale, help="of ode, bits (1e-5, as the paper), adaptive (0.05)")
@@ -566,11 +572,15 @@ KIND = {"sde": (flags, network)}
 CLASSIFIER = {"classifier": (flags, network)}
 
 
-def load(folder, device="cpu", label=None, w=0.0):
-    """(score, SDE, shape of an image) of a trained run, as the samplers want them."""
+def load(folder, device="cpu", label=None, w=0.0, clip=True):
+    """(score, SDE, shape of an image) of a trained run, as the samplers want them.
+
+    clip=False: as log_likelihood wants them.
+    """
     run = common.load_checkpoint(folder, KIND)
-    sde = make_sde(run.args, draw=True)
-    return make_score(run.net.to(device), sde, label, w), sde, run.args.shape
+    sde = make_sde(run.args, draw=clip)
+    score = make_score(run.net.to(device), sde, label, w, clip=clip)
+    return score, sde, run.args.shape
 
 
 def denoiser(run, device="cpu"):

@@ -1661,7 +1661,7 @@ class Flags(Border):
                 with self.subTest(flags=flags):
                     flags = *SMALL, "--out", self.out, *flags
                     self.mistake(flags[-2], script, *flags)
-        self.mistake("files of yours", ddpm, "--out", mine, "--overwrite")
+        self.mistake("files of yours", ddpm, *SMALL, "--out", mine, "--overwrite")
         with mock.patch.dict(os.environ, {"WORLD_SIZE": "3", "RANK": "0"}):
             self.mistake("--batch-size 8", ddpm, "--out", self.out, *SMALL)
         self.assertEqual(kept(self.dir), before)
@@ -1807,6 +1807,19 @@ class Training(Border):
             self.near(turned.diag(), 1, 0.35)  # singular values near 1
             self.near(turned - turned.diag().diag(), 0, 1e-4)
 
+    def test_training_waits_for_the_device_only_to_log(self):
+        table, adam = ddpm.schedule("cosine", 9).to("meta"), torch.optim.Adam
+        argv = *SMALL, "--out", self.out, "--device", "meta", "--precision", "fp32"
+        args, _ = common.start(common.arguments(""), {}, "x", [*map(str, argv)])
+        args.shape, args.n_classes = [1, 8, 8], 3
+        data = torch.zeros(9, 1, 8, 8).byte(), torch.zeros(9).long()
+        loss = mock.Mock(side_effect=lambda net, x, y: ddpm.loss(net, x, table, y))
+        off = mock.patch.object(torch, "autocast", lambda *_: contextlib.nullcontext())
+        plain = mock.patch.object(torch.optim, "Adam", lambda ps, fused: adam(ps))
+        with off, plain, self.assertRaises(RuntimeError):
+            common.train(args, common.unet(args), loss, data)  # on meta
+        self.assertEqual(loss.call_count, 6)  # until a number is looked at
+
 
 class Ends(Border):
     def conv(self, *argv, loss=conv_loss):
@@ -1947,6 +1960,9 @@ class Network(Case):
         net = common.UNet(1, 8, 4)
         self.refuses("multiples of 8", net, torch.zeros(3, 1, 8, 12), noise)
         self.refuses("multiple of 8", common.UNet, 1, 12)
+        for label, classes in (([0], 0), ([3], 3), ([-2], 3)):
+            call = common.check_labels, torch.tensor(label), classes
+            self.refuses("labels", *call, error=ValueError)
 
     def test_noise_label_and_every_pixel_tell(self):
         net = self.shaken(channels=1, classes=3)
@@ -1997,11 +2013,24 @@ class Pictures(Case):
 DIGITS = "37a9228b8ffb3f10e2cb63e873465345d1cd9d5e82c0828e0d75f5b18e68c98e"
 
 
+BELOW = {"common": "", "inpaint": "ncsn ddpm sde", "toy": "ncsn ddpm sde inpaint"}
+
+
 class House(Case):
     def numbers(self, text):
         """The n of every eq. (n), and of eqs. (n), (m) to (k)."""
         lists = re.findall(r"\beqs?\. ((?:\(\d+\)(?:, | and | to )?)+)", text)
         return set(re.findall(r"\d+", " ".join(lists)))
+
+    def test_imports_point_down_and_lines_are_short(self):
+        for name in SCRIPTS.keys() | {"common"}:
+            text = (HERE / f"{name}.py").read_text()
+            for line in text.splitlines():
+                free = re.search(r"https?://|[0-9a-f]{64}", line)
+                self.assertTrue(free or len(line) <= 88, f"{name}: {line}")
+            seen = {*re.findall(r"^ *(?:import|from) (\w+)", text, re.MULTILINE)}
+            below = {"common", *BELOW.get(name, "").split()} - {name}
+            self.assertLessEqual(seen & SCRIPTS.keys(), below)
 
     def test_functions_are_short_and_hold_the_equations_of_their_docstrings(self):
         """Each stands in a comment below the docstring, in the same file."""
