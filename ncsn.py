@@ -13,11 +13,11 @@ Sample   for sigma_1 ... sigma_L, T times each:
          alpha_i = eps sigma_i^2 / sigma_L^2                                Algorithm 1
 Differs  mean over pixels instead of sum; one U-Net, told log sigma, that learns what
          the score of N(0, (sigma^2 + 1/4) I) lacks (not with --improved); more levels,
-         from a larger sigma to 0.05, T = 10 for 100, lambda = sigma^3; Muon, clipped gradients, a learning rate that decays; an
-         average of the weights that is shorter at first; a last denoising step, as in
-         the second paper (the first one's code returns the state before its last step,
-         clamped). Both papers' code takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5
-         is 4e-5 here
+         from a larger sigma to 0.05, T = 10 for 100, lambda = sigma^3; Muon, clipped
+         gradients, a learning rate that decays; an average of the weights that is
+         shorter at first; a last denoising step, as in the second paper (the first
+         one's code returns the state before its last step, clamped). Both papers' code
+         takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5 is 4e-5 here
 
     python ncsn.py                              # draws its own digits, and learns them
     python ncsn.py --dataset mnist              # then see runs/ncsn-mnist/samples.png
@@ -182,9 +182,7 @@ def derive(d, sigma_max, sigma_min, T, L=None):
     actual = math.exp(span / max(1, L - 1))  # L is a whole number: slightly smaller
     r, value = step_size(actual, T)
     say(f"tech 1 sigma_1 = {sigma_max:.4g}, at best that of the farthest two images")
-    say(
-        f"tech 2 gamma = {gamma:.5f}; L = {L} levels overlap by {overlap(actual, d):.3f}"
-    )
+    say(f"tech 2 gamma = {gamma:.5f}; L = {L} levels overlap: {overlap(actual, d):.3f}")
     say("tech 3 s(x, sigma) = net(x) / sigma; tech 5: averaged weights, --ema")
     say(f"tech 4 variance {value:.4f} sigma^2 on leaving a level, r = {r:.4g}, T = {T}")
     return L, 2 * r * sigma_min**2  # x + alpha/2 s here, x + alpha s there

@@ -21,8 +21,8 @@ Differs  mean over pixels instead of sum; the loss and its noise, which are EDM'
          all SDEs, at a larger sigma; a smaller U-Net, told log sigma, where EDM has
          log(sigma) / 4; Muon, and a learning rate that decays; the average of the
          weights begins with decay 0.1, the authors' with 0.18; images are dequantised
-         in training too; D is clipped to [-1, 1] while drawing; beta_i, G_i are those of
-         the exact forward transition between two times, N gaps from T to t_min (the
+         in training too; D is clipped to [-1, 1] while drawing; beta_i, G_i are of the
+         exact forward transition between two times, N gaps from T to t_min (the
          authors' Euler-Maruyama has steps of 1 / N on N - 1 gaps); by default the times
          are even in atan(sigma / 2), not in t; E[x(0) | x(t_min)] is what is returned
 
