@@ -238,7 +238,8 @@ def as_score(net, label=None, w=0.0, guide=None):
     """The network as sample() calls it: s(x, sigma_i), sigma_i a number.
 
     w: guidance, (1 + w) s - w s'; s' is that of a worse network, the guide (Karras et
-    al. 2024, arXiv:2406.02507), or without one that of no label (arXiv:2207.12598).
+    al. 2024, arXiv:2406.02507, whose w is 1 + w here), or without one that of no label
+    (arXiv:2207.12598).
     """
 
     if w and label is None and guide is None:
