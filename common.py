@@ -607,7 +607,7 @@ def arguments(doc):
     sets = f"or {', '.join(SETS[1:])}, FOLDER"
     add("--dataset", type=path, default="digits", help=sets)
     add("--data-dir", type=path, default="data", help="where data sets are kept")
-    add("--steps", type=COUNT, help="of training (5000, digits 1500; on CUDA 6000)")
+    add("--steps", type=COUNT, help="of training (5000, digits 2000; on CUDA 6000)")
     add("--seed", type=SEED, default=0, help="of all that is random (%(default)s)")
     add = p.settled.add_argument
     add("--size", type=COUNT, help="crop a folder's pictures to SIZE pixels squared")
@@ -668,7 +668,7 @@ def start(parser, kinds, script, argv=None):
         if getattr(args, name) is None:
             setattr(args, name, cuda if "cuda" in args.device else cpu)
             if name == "steps" and args.dataset in ("digits", "colour-digits"):
-                args.steps = min(args.steps, 1500)
+                args.steps = min(args.steps, 2000)
     join_processes(args)
     keep_memory()
     seed_all(args.seed)  # the network's first weights
