@@ -580,7 +580,7 @@ class Bound(Case):
 
     def test_importance_sampling_leaves_the_loss_unbiased(self):
         abar = ddpm.schedule("cosine", 30)
-        x0 = (0.2 + 0.1 * torch.randn(40_000, 1)).clamp(-1, 1)
+        x0 = (0.2 + 0.1 * torch.randn(160_000, 1)).clamp(-1, 1)
         net = twice(exact(0.2, 0.1, abar))
         full = torch.rand(30, 10) + torch.linspace(3, 0.1, 30)[:, None]
         missing = full.clone()
@@ -595,7 +595,7 @@ class Bound(Case):
             self.near(counts / len(x0), 0.999 * p / p.sum() + 0.001 / 30, 0.006)
             self.assertTrue(torch.equal(history[:, :9], before[:, 1:]))
             self.assertTrue((history[:, 9] != before[:, 9]).all())
-        self.near(losses[0] / losses[1], 1, 0.06)
+        self.near(losses[0] / losses[1], 1, 0.085)  # 4.5 standard errors
         self.trains(net, ddpm.vlb_loss, abar, torch.full((30, 10), math.inf))
 
 
