@@ -14,10 +14,10 @@ Sample   for sigma_1 ... sigma_L, T times each:
 Differs  mean over pixels instead of sum; one U-Net, told log sigma, that learns what
          the score of N(0, (sigma^2 + 1/4) I) lacks (not with --improved); more levels
          and a larger first sigma, the last is 0.05; T = 10; lambda = sigma^3; Muon,
-         clipped gradients, a learning rate that decays; an average of the weights that is
-         shorter at first; a last denoising step, as in the second paper (the first
-         one's code returns the state before its last step, clamped). Both papers' code
-         takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5 is 4e-5 here
+         clipped gradients, a learning rate that decays; an average of the weights
+         that is shorter at first; a last denoising step, as in the second paper (the
+         first one's code returns the state before its last step, clamped). Both papers'
+         code takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5 is 4e-5 here
 
     python ncsn.py                              # draws its own digits, and learns them
     python ncsn.py --dataset mnist              # then see runs/ncsn-mnist/samples.png
