@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import gzip
 import hashlib
@@ -86,6 +85,13 @@ def aside(path):
             part.unlink(missing_ok=True)
 
 
+def save_csv(path, header, rows):
+    """Write rows of numbers under their names, all or nothing."""
+    with aside(path) as f:
+        lines = [header, *[[f"{v:.8g}" for v in row] for row in rows]]
+        f.write("".join(",".join(line) + "\n" for line in lines).encode())
+
+
 # ---------------------------------------------------------------------- noise schedules
 
 
@@ -118,6 +124,11 @@ def per_sample(v, x):
     if v.shape != x.shape[:1]:
         raise ValueError(f"one value a sample: {tuple(v.shape)} for {len(x)} samples")
     return v.to(x).view(-1, *[1] * (x.dim() - 1))
+
+
+def each(v, x):
+    """(B,) of a number or of (B,), in the type and on the device of x (B, ...)."""
+    return torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x))
 
 
 def hide(label, p_null):
@@ -314,9 +325,9 @@ def read_cifar10(folder, split):
 
 
 def read_picture(path, size=None):
-    """The pages of a picture: arrays (H, W, 3) uint8, or (H, W) int64 if of more bits.
+    """The pages of a picture, arrays (H, W, 3) uint8; what is transparent is white.
 
-    Transparent becomes white. size: cropped to a square. UserError names a bad one.
+    size: cropped to a square. UserError names a picture that cannot be read.
     """
     try:
         with Image.open(path) as im:
@@ -330,34 +341,23 @@ def read_page(page, size):
     if not size and page.width * page.height > 512 * 512:
         raise ValueError(f"{page.width} x {page.height} is large: give --size, say 32")
     page = ImageOps.exif_transpose(page)
-    if page.mode == "F":
-        raise ValueError("its values are floats of unknown range: save it as bytes")
+    if page.mode[0] in "FI":
+        raise ValueError("its values are not bytes but larger: save it with 8 bits")
     if page.has_transparency_data:
         white = Image.new("RGBA", page.size, "white")
         page = Image.alpha_composite(white, page.convert("RGBA"))
-    deep = page.mode.startswith("I")
-    page = page.convert("I" if deep else "RGB")
-    if deep and page.getextrema()[0] < 0:
-        raise ValueError("it holds negative numbers: save it as bytes")
+    page = page.convert("RGB")
     if size:
         page = ImageOps.fit(page, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(page).clip(min=0).astype(np.int64 if deep else np.uint8)
+    return np.asarray(page)
 
 
 def as_images(pages):
-    """uint8 images (N, C, H, W) of the arrays of read_picture; C = 1 if all look grey.
-
-    Numbers of more than 8 bits are scaled by the largest of all.
-    """
-    top = max([255, *[page.max() for page in pages if page.ndim == 2]])
-    for i, page in enumerate(pages):
-        if page.ndim == 2:
-            page = np.rint(page * (255 / top)).astype(np.uint8)
-            pages[i] = np.repeat(page[:, :, None], 3, axis=2)
-    images = np.stack(pages)
-    if (images == images[..., :1]).all():
-        images = images[..., :1]
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    """uint8 images (N, C, H, W) of arrays (H, W, 3); C = 1 if all look grey."""
+    images = torch.from_numpy(np.stack(pages)).permute(0, 3, 1, 2)
+    if (images == images[:, :1]).all():
+        images = images[:, :1]
+    return images.contiguous()
 
 
 def picture_files(folder):
@@ -588,7 +588,7 @@ COUNT = number(int, 1)
 SCALE = number(float, 1e-9)
 SHARE = number(float, 0, 0.999999)
 SEED = number(int, 0, 2**63 - 1)
-BY_DEVICE = {"batch_size": (32, 256), "width": (32, 64), "steps": (5_000, 6_000)}
+BY_DEVICE = {"batch_size": (32, 256), "width": (32, 64)}  # defaults: CPU, CUDA
 CHUNK = {"cpu": 20, "cuda": 500}  # images drawn at once, always so many
 
 
@@ -607,7 +607,7 @@ def arguments(doc):
     sets = f"or {', '.join(SETS[1:])}, FOLDER"
     add("--dataset", type=path, default="digits", help=sets)
     add("--data-dir", type=path, default="data", help="where data sets are kept")
-    add("--steps", type=COUNT, help="of training (5000, digits 2000; on CUDA 6000)")
+    add("--steps", type=COUNT, help="of training (6000; digits 2000)")
     add("--seed", type=SEED, default=0, help="of all that is random (%(default)s)")
     add = p.settled.add_argument
     add("--size", type=COUNT, help="crop a folder's pictures to SIZE pixels squared")
@@ -667,8 +667,8 @@ def start(parser, kinds, script, argv=None):
     for name, (cpu, cuda) in BY_DEVICE.items():
         if getattr(args, name) is None:
             setattr(args, name, cuda if "cuda" in args.device else cpu)
-            if name == "steps" and args.dataset in ("digits", "colour-digits"):
-                args.steps = min(args.steps, 2000)
+    if args.steps is None:
+        args.steps = 2000 if args.dataset in SETS[:2] else 6000
     join_processes(args)
     keep_memory()
     seed_all(args.seed)  # the network's first weights
@@ -1006,10 +1006,7 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
 
 def write_log(out, rows):
     """OUT/log.csv and its picture OUT/loss.png."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([LOG, *[[f"{v:.8g}" for v in row] for row in rows]])
-    with aside(f"{out}/log.csv") as f:
-        f.write(text.getvalue().encode())
+    save_csv(f"{out}/log.csv", LOG, rows)
     curve = {"mean of 100 steps": [row[:2] for row in rows]}
     positive = min(row[1] for row in rows) > 0  # sliced score matching's is not
     plot(f"{out}/loss.png", curve, "step", "loss", logy=positive)
@@ -1099,6 +1096,31 @@ def finish(args, draw, calls, name="", low=-1.0):
     if "cuda" in args.device:
         cost += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     say(f"saved  {args.out}/samples{name}.png ({len(x)} images, {cost})")
+
+
+def slerp(a, b, f):
+    """From a (f = 0) to b (f = 1), (C, H, W), on the great circle: DDIM, eq. (67)."""
+    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    angle = cosine.clamp(-1, 1).acos()
+    way = ((1 - f) * angle).sin() * a + (f * angle).sin() * b
+    return way / angle.sin()  # eq. (67)
+
+
+def interpolate(args, images, encode, decode):
+    """OUT/interpolate.png: pairs of uint8 images, and nine points between their codes.
+
+    encode: of images in [-1, 1], the noise from which decode draws them.
+    """
+    x0 = images[: min(12, len(images) // 2 * 2)].to(args.device) / 127.5 - 1
+    codes = encode(x0)
+    error = 127.5 * (decode(codes) - x0).square().mean().sqrt()
+    say(f"coded  and back: {error:.3f} grey levels off (root mean square)")
+    between = torch.linspace(0, 1, 9)
+    way = [slerp(a, b, f) for a, b in zip(codes[::2], codes[1::2]) for f in between]
+    way = decode(torch.stack(way)).unflatten(0, (-1, 9))
+    rows = torch.cat([x0[::2, None], way, x0[1::2, None]], dim=1).flatten(0, 1)
+    save_picture(grid(to_uint8(rows), cols=11), f"{args.out}/interpolate.png")
+    say(f"saved  {args.out}/interpolate.png")
 
 
 # ----------------------------------------------------------------------------- pictures

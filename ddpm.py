@@ -27,13 +27,13 @@ Differs  mean over pixels instead of sum; the shifted cosine schedule; the netwo
 
 import math
 import os
+from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 
 import common
-from common import COUNT, UserError, hide, number, per_sample, say
+from common import COUNT, UserError, each, hide, number, per_sample, say
 
 SCHEDULES = ["linear", "cosine", "shifted"]
 VARIANCES = ["beta", "beta-tilde", "learned", "analytic"]
@@ -73,6 +73,18 @@ def scales(abar_t, x):
     return per_sample(abar_t.sqrt(), x), per_sample((1 - abar_t).sqrt(), x)
 
 
+def diffuse(x0, abar_t):
+    """x_t = a x_0 + s eps of q(x_t | x_0), eq. (4), and eps, a, s; abar_t (B,)."""
+    a, s = scales(abar_t, x0)
+    eps = torch.randn_like(x0)
+    return a * x0 + s * eps, eps, a, s
+
+
+def target(x0, eps, a, s, predict):
+    """What the network is compared with, by its name; v is of arXiv:2202.00512."""
+    return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[predict]
+
+
 def eps_and_x0(out, x_t, a, s, predict):
     """(eps, x0) from its output; x_t = a x_0 + s eps, v = a eps - s x_0."""
     if predict == "eps":
@@ -93,12 +105,9 @@ def loss(net, x0, abar, label=None, p_null=0.1, predict="eps"):
     """
     T, B = len(abar) - 1, len(x0)
     t = torch.randint(1, T + 1, (B,), device=x0.device)  # line 3: t ~ {1, ..., T}
-    eps = torch.randn_like(x0)  # line 4
-    a, s = scales(abar[t], x0)
-    x_t = a * x0 + s * eps  # eq. (4)
-    target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[predict]
+    x_t, eps, a, s = diffuse(x0, abar[t])  # line 4, eq. (4)
     out = net(x_t, t, hide(label, p_null))
-    return (target - out).square().mean()  # line 5, eq. (14)
+    return (target(x0, eps, a, s, predict) - out).square().mean()  # line 5, eq. (14)
 
 
 # ------------------------------------------------------ sampling: Algorithm 2, and DDIM
@@ -198,14 +207,6 @@ def predictor(
     return eps_theta
 
 
-def slerp(a, b, f):
-    """From a (f = 0) to b (f = 1), (C, H, W), on the great circle: DDIM, eq. (67)."""
-    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    angle = cosine.clamp(-1, 1).acos()
-    way = ((1 - f) * angle).sin() * a + (f * angle).sin() * b
-    return way / angle.sin()  # eq. (67)
-
-
 # ------------------------------------------------- variances, and the variational bound
 
 
@@ -251,7 +252,8 @@ def second_moment(eps_theta, x0, abar, tau):
     gamma = torch.ones_like(abar)
     for t in tau:
         if t > 0:
-            x_t = abar[t].sqrt() * x0 + (1 - abar[t]).sqrt() * torch.randn_like(x0)
+            eps = torch.randn_like(x0)
+            x_t = abar[t].sqrt() * x0 + (1 - abar[t]).sqrt() * eps
             gamma[t] = eps_theta(x_t, t).square().mean()  # eq. (8)
     return gamma
 
@@ -263,9 +265,12 @@ def log_decoder(x0, mean, sigma):
     """
     upper = torch.where(x0 > 0.999, 1e3, x0 + 1 / 255)
     lower = torch.where(x0 < -0.999, -1e3, x0 - 1 / 255)
-    a, b = (lower - mean) / sigma, (upper - mean) / sigma
-    a, b = torch.where(a + b > 0, -b, a), torch.where(a + b > 0, -a, b)
-    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
+    a = (lower - mean) / sigma
+    b = (upper - mean) / sigma
+    right = a + b > 0  # there Phi is nearly 1: the mirror image is as likely
+    a, b = torch.where(right, -b, a), torch.where(right, -a, b)
+    log_a = torch.special.log_ndtr(a)
+    log_b = torch.special.log_ndtr(b)
     return log_b + (-torch.expm1(log_a - log_b)).log()  # log(Phi(b) - Phi(a))
 
 
@@ -277,10 +282,13 @@ def bound_term(out, x0, x_t, t, abar, predict, variance, gamma=None, clip=False)
     clip: x_0 to [-1, 1] for t > 1 (the decoder's outer bins are open). In abar's type.
     """
     C = x0.shape[1]
-    x0, x_t = x0.to(abar), x_t.to(abar)
-    abar_t, abar_s = per_sample(abar[t], x0), per_sample(abar[t - 1], x0)
+    x0 = x0.to(abar)
+    x_t = x_t.to(abar)
+    abar_t = per_sample(abar[t], x0)
+    abar_s = per_sample(abar[t - 1], x0)
     last = per_sample(t, x0) == 1
-    _, x0_hat = eps_and_x0(out[:, :C], x_t, abar_t.sqrt(), (1 - abar_t).sqrt(), predict)
+    a, s = scales(abar[t], x0)
+    _, x0_hat = eps_and_x0(out[:, :C], x_t, a, s, predict)
     if clip:
         x0_hat = torch.where(last, x0_hat, x0_hat.clamp(-1, 1))
     mean, _ = posterior(x0_hat, x_t, abar_t, abar_s)
@@ -304,14 +312,12 @@ def hybrid_loss(net, x0, abar, label=None, p_null=0.1, predict="eps", lam=0.001)
     """
     T, B = len(abar) - 1, len(x0)
     t = torch.randint(1, T + 1, (B,), device=x0.device)
-    eps = torch.randn_like(x0)
-    a, s = scales(abar[t], x0)
-    x_t = a * x0 + s * eps
+    x_t, eps, a, s = diffuse(x0, abar[t])
     out, v = net(x_t, t, hide(label, p_null)).chunk(2, dim=1)
-    target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[predict]
+    simple = (target(x0, eps, a, s, predict) - out).square().mean()
     frozen = torch.cat([out.detach(), v], dim=1)
     l, _ = bound_term(frozen, x0, x_t, t, abar, predict, "learned")
-    return (target - out).square().mean() + lam * T * l.mean()  # eq. (16)
+    return simple + lam * T * l.mean()  # eq. (16)
 
 
 def vlb_loss(net, x0, abar, history, label=None, p_null=0.1, predict="eps"):
@@ -322,14 +328,15 @@ def vlb_loss(net, x0, abar, history, label=None, p_null=0.1, predict="eps"):
     """
     T = len(abar) - 1
     p = history.square().mean(1).sqrt()  # eq. (18)
-    p = torch.where(p.isfinite().all(), 0.999 * p / p.sum() + 0.001 / T, 1 / T)
+    known = p.isfinite().all()
+    p = torch.where(known, 0.999 * p / p.sum() + 0.001 / T, 1 / T)
     t = p.multinomial(len(x0), replacement=True) + 1
-    a, s = scales(abar[t], x0)
-    x_t = a * x0 + s * torch.randn_like(x0)
+    x_t, *_ = diffuse(x0, abar[t])
     out = net(x_t, t, hide(label, p_null))
     l, _ = bound_term(out, x0, x_t, t, abar, predict, "learned")
     l = l.to(p.dtype)
-    history[t - 1] = torch.cat([history[t - 1][:, 1:], l.detach()[:, None]], dim=1)
+    kept = history[t - 1, 1:]
+    history[t - 1] = torch.cat([kept, l.detach()[:, None]], dim=1)
     return (l / p[t - 1]).mean()
 
 
@@ -343,18 +350,20 @@ def evaluate_bound(net, images, abar, N, *options, clip=True):
     of bound_term, from predict on."""
     square = images.double().div(127.5).sub(1).square().mean()
     abar_T = abar[-1].cpu()
-    prior = (abar_T * (square - 1) - (1 - abar_T).log()) / 2 / math.log(2)  # L_T
+    nats = (abar_T * (square - 1) - (1 - abar_T).log()) / 2  # L_T
     rows = []
     for t in range(1, len(abar)):
-        x0 = images[torch.randint(len(images), (N,))].to(abar.device) / 127.5 - 1
+        i = torch.randint(len(images), (N,))
+        x0 = images[i].to(abar.device) / 127.5 - 1
         steps = torch.full((N,), t, device=abar.device)
-        a, s = scales(abar[steps], x0)
-        x_t = a * x0 + s * torch.randn_like(x0)
+        x_t, *_ = diffuse(x0, abar[steps])
         out = net(x_t, steps)
         l, x0_hat = bound_term(out, x0, x_t, steps, abar, *options, clip=clip)
-        x0_hat = x0_hat.clamp(-1, 1) if clip else x0_hat
-        rows.append(torch.stack([l.mean(), l.var(), (x0_hat - x0).square().mean()]))
-    return prior.item(), torch.stack(rows).cpu()
+        if clip:
+            x0_hat = x0_hat.clamp(-1, 1)
+        mse = (x0_hat - x0).square().mean()
+        rows.append(torch.stack([l.mean(), l.var(), mse]))
+    return nats.item() / math.log(2), torch.stack(rows).cpu()
 
 
 # ------------------------------------------------------------------ a run, from outside
@@ -408,9 +417,11 @@ def denoiser(run, device="cpu"):
     table = table.float().to(device)
 
     def D(y, sigma, label=None):
-        sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
-        i = torch.searchsorted(table, sigma.log()).clamp(1, len(table) - 1)
-        part = (sigma.log() - table[i - 1]) / (table[i] - table[i - 1])
+        sigma = each(sigma, y)
+        log_sigma = sigma.log()
+        i = torch.searchsorted(table, log_sigma).clamp(1, len(table) - 1)
+        low = table[i - 1]
+        part = (log_sigma - low) / (table[i] - low)
         t = i + part.clamp(0, 1)  # (B,), 1 <= t <= T
         a = per_sample(1 / (1 + sigma**2).sqrt(), y)  # sqrt(abar_t)
         s = per_sample(sigma, y) * a
@@ -429,41 +440,24 @@ def report_bound(args, net, abar, variance, gamma):
     common.full_precision(net)
     gamma = None if gamma is None else gamma.to(abar)
     say(f"bound  {N} test images at each of {args.T} steps ...")
-    options, clip = (args.predict, variance, gamma), not args.no_clip
+    options = args.predict, variance, gamma
+    clip = not args.no_clip
     prior, rows = evaluate_bound(net, images, abar, N, *options, clip=clip)
     if not rows.isfinite().all():
         raise UserError("the bound is not finite: train the network longer")
     L, var, mse = rows.T
     rate = prior + L.sum() - L.cumsum(0)  # what is known of x_0 from x_t, section 4.3
     rmse = 127.5 * mse.sqrt()
-    with common.aside(f"{out}/bound.csv") as f:
-        f.write(b"t,bits_per_dim,standard_error,rate,rmse_in_grey_levels\n")
-        for t, row in enumerate(zip(L, (var / N).sqrt(), rate, rmse), 1):
-            f.write((f"{t}," + ",".join(f"{v:.6g}" for v in row) + "\n").encode())
+    header = ["t", "bits_per_dim", "standard_error", "rate", "rmse_in_grey_levels"]
+    table = zip(range(1, args.T + 1), L, (var / N).sqrt(), rate, rmse)
+    common.save_csv(f"{out}/bound.csv", header, table)
     curve = {"predicted x_0": list(zip(rate.tolist(), rmse.tolist()))}
     names = "bits/dim sent", "rms, grey levels"
     common.plot(f"{out}/rate-distortion.png", curve, *names)
     parts = f"L_T {prior:.3g}   L_1..T-1 {L[1:].sum():.4f}   L_0 {L[0]:.4f}"
-    total, error = prior + L.sum(), (var.sum() / N).sqrt()
+    total = prior + L.sum()
+    error = (var.sum() / N).sqrt()
     say(f"bound  {variance}: {parts}   sum {total:.4f} +- {error:.4f} bits/dim")
-
-
-def interpolate(args, eps_theta, abar):
-    """--interpolate: pairs of images, and between them nine points of the great circle
-    through their codes x_T, drawn by DDIM."""
-    images = common.test_images(args, or_training=True)
-    x0 = images[: min(12, len(images) // 2 * 2)].to(args.device) / 127.5 - 1
-    tau = subsequence(args.T, min(args.sample_steps or 200, args.T))
-    x_T = ddim(eps_theta, x0, abar, tau[::-1])
-    error = 127.5 * (ddim(eps_theta, x_T, abar, tau) - x0).square().mean().sqrt()
-    say(f"coded  and back, {len(tau) - 1} steps each: {error:.3f} grey levels off")
-    between = torch.linspace(0, 1, 9)
-    way = [slerp(a, b, f) for a, b in zip(x_T[::2], x_T[1::2]) for f in between]
-    way = ddim(eps_theta, torch.stack(way), abar, tau).unflatten(0, (-1, 9))
-    rows = torch.cat([x0[::2, None], way, x0[1::2, None]], dim=1).flatten(0, 1)
-    picture = common.grid(common.to_uint8(rows), cols=11)
-    common.save_picture(picture, f"{args.out}/interpolate.png")
-    say(f"saved  {args.out}/interpolate.png")
 
 
 def check(args):
@@ -483,8 +477,9 @@ def check(args):
 def analytic_gamma(args, net, abar, tau):
     """second_moment of 50 training images."""
     images, _ = common.load_images(args.dataset, "train", args.data_dir, args.size)
-    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    x0 = images[pick[:50]].to(args.device) / 127.5 - 1
+    g = torch.Generator().manual_seed(0)
+    pick = torch.randperm(len(images), generator=g)[:50]
+    x0 = images[pick].to(args.device) / 127.5 - 1
     f = predictor(net, abar, args.predict, clip=False)
     return second_moment(f, x0, abar, tau)
 
@@ -537,8 +532,11 @@ def main(argv=None):
     if args.evaluate_bound:
         report_bound(args, net, table, args.variance, gamma)
     elif args.interpolate:
+        images = common.test_images(args, or_training=True)
         f = predictor(net, abar, args.predict, clip=not args.no_clip)
-        interpolate(args, f, abar)
+        tau = subsequence(args.T, min(args.sample_steps or 200, args.T))
+        encode, decode = [partial(ddim, f, abar=abar, tau=t) for t in (tau[::-1], tau)]
+        common.interpolate(args, images, encode, decode)
     else:
         name = "" if args.sampler == "ddpm" else "-ddim"
         common.finish(args, draw, len(tau) - 1, name)

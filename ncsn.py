@@ -30,7 +30,7 @@ import math
 import torch
 
 import common
-from common import UNet, UserError, geometric_sigmas, hide, per_sample, say
+from common import UNet, UserError, each, geometric_sigmas, hide, per_sample, say
 
 
 def score(net, x, sigma, label=None):
@@ -246,7 +246,7 @@ def as_score(net, label=None, w=0.0, guide=None):
         raise ValueError("guidance needs labels (B,), or a guide")
 
     def s(x, sigma_i):
-        sigma = torch.full((len(x),), sigma_i, device=x.device)
+        sigma = each(sigma_i, x)
         better = score(net, x, sigma, label)
         if not w:
             return better
@@ -275,7 +275,7 @@ def denoiser(run, device="cpu"):
     net = run.net.to(device)
 
     def D(y, sigma, label=None):
-        sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
+        sigma = each(sigma, y)
         return y + per_sample(sigma, y) ** 2 * score(net, y, sigma, label)
 
     return D, (run.args.sigma_min, run.args.sigma_max)

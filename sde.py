@@ -34,13 +34,12 @@ Differs  mean over pixels instead of sum; the loss and its noise, which are EDM'
 import functools
 import itertools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import common
-from common import UserError, hide, karras_sigmas, per_sample, say
+from common import UserError, each, hide, karras_sigmas, per_sample, say
 
 # --------------------------------------- the SDEs; t and what depends on it: (B,) or ()
 
@@ -486,7 +485,8 @@ def make_score(net, sde, label=None, w=0.0, classifier=None, guide=None, clip=Tr
 
     def score(x, t):
         a, s = sde.kernel(t)
-        y, sigma = x / a, (s / a).to(x).expand(len(x))
+        y = x / a
+        sigma = each(s / a, x)
         D = D_theta(net, y, sigma, None if classifier else label)
         if classifier:
             with torch.enable_grad():
@@ -519,11 +519,17 @@ def grey_levels(y):
     return ((y + 1) * 128).floor().clamp(0, 255) / 127.5 - 1
 
 
-def slerp(a, b, f):
-    """From a (f = 0) to b (f = 1) on the great circle, each (C, H, W)."""
-    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    angle = cosine.clamp(-1, 1).acos()
-    return (((1 - f) * angle).sin() * a + (f * angle).sin() * b) / angle.sin()
+def coder(score, sde, tol=1e-5):
+    """(encode, decode): images in [-1, 1], and their x(T) by the probability flow."""
+    fun = flow(score, sde)
+
+    def encode(x0):
+        return rk45(fun, dequantised(x0), sde.t_min, sde.T, tol)
+
+    def decode(x_T):
+        return grey_levels(rk45(fun, x_T, sde.T, sde.t_min, tol))
+
+    return encode, decode
 
 
 # ------------------------------------------------------------------ a run, from outside
@@ -589,8 +595,7 @@ def denoiser(run, device="cpu"):
     net = run.net.to(device)
 
     def D(y, sigma, label=None):
-        sigma = torch.as_tensor(sigma, dtype=y.dtype, device=y.device).expand(len(y))
-        return D_theta(net, y, sigma, label)
+        return D_theta(net, y, each(sigma, y), label)
 
     return D, sigma_range(make_sde(run.args))
 
@@ -647,31 +652,11 @@ def report_bits(args, score, sde, images):
         log_p = log_p.cpu() + D * math.log(2 / 256)  # of u, whose steps are 1
         bits = torch.cat([bits, -log_p / D / math.log(2)])
         say(f"bits   {len(bits)}/{N} images   mean {bits.mean():.4f}")
-    with common.aside(Path(args.out) / "bits.csv") as f:
-        for row in bits.tolist():
-            f.write((",".join(f"{v:.6g}" for v in row) + "\n").encode())
+    header = [f"probe_{k + 1}" for k in range(args.probes)]
+    common.save_csv(f"{args.out}/bits.csv", header, bits.tolist())
     error = bits.mean(1).std() / N**0.5
     kind = f"exact, dequantised, {args.probes} probes each"
     say(f"bits   {bits.mean():.4f} +- {error:.4f} bits/dim of {N} test images ({kind})")
-
-
-def interpolate(args, score, sde, images):
-    """--interpolate: pairs of images, and between them nine points of the great circle
-    through their codes x(T), by the ODE; OUT/interpolate.png."""
-    x0 = images[: min(12, len(images) // 2 * 2)].to(args.device) / 127.5 - 1
-    y, fun = dequantised(x0), flow(score, sde)
-    ends, tol = (sde.T, sde.t_min), args.tol or 1e-5
-    x_T = rk45(fun, y, *ends[::-1], tol)
-    error = 127.5 * (rk45(fun, x_T, *ends, tol) - y).square().mean().sqrt()
-    say(f"coded  and back: {error:.3f} grey levels off (rms)")
-    between = torch.linspace(0, 1, 9)
-    way = [slerp(a, b, f) for a, b in zip(x_T[::2], x_T[1::2]) for f in between]
-    way = rk45(fun, torch.stack(way), *ends, tol).unflatten(0, (-1, 9))
-    rows = [x0[::2, None], grey_levels(way), x0[1::2, None]]
-    rows = torch.cat(rows, dim=1).flatten(0, 1)
-    path = Path(args.out) / "interpolate.png"
-    common.save_picture(common.grid(common.to_uint8(rows), cols=11), path)
-    say(f"saved  {path}")
 
 
 def check(args):
@@ -726,8 +711,10 @@ def main(argv=None):
         common.full_precision(net)
         common.seed_all(args.seed)
         score = make_score(net, sde, clip=False)
-        report = report_bits if args.evaluate_bits else interpolate
-        report(args, score, sde, images)
+        if args.evaluate_bits:
+            report_bits(args, score, sde, images)
+        else:
+            common.interpolate(args, images, *coder(score, sde, args.tol or 1e-5))
         return
     name = "" if not run or args.sde == run.args.sde else f"-{args.sde}"
     name += "" if args.sampler == "heun" else f"-{args.sampler}"
