@@ -28,12 +28,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.fft import fftfreq, irfft2, rfft2, rfftfreq
 
 import common
 import ddpm
 import ncsn
 import sde
-from common import UserError, geometric_sigmas, karras_sigmas, say
+from common import COUNT, SCALE, UserError, geometric_sigmas, karras_sigmas, say
 
 # ------------------------------------------------------------------------ what is given
 
@@ -54,21 +55,19 @@ def block_means(k):
 
 
 def grey(C):
-    """Colorization: the mean of the channels. sqrt(3) times it is the first coefficient
-    in a basis that begins with (1, 1, 1) / sqrt(3) (Score SDE, I.3)."""
+    """Colorization: the mean of the channels; Score SDE, I.3, has sqrt(3) times it."""
     return Operator(lambda x: x.mean(1, True), lambda b: b.repeat_interleave(C, 1))
 
 
 def blurred(H, W, width, smallest=0.05):
     """Deblurring: a periodic Gaussian. A^+ inverts what is damped to >= smallest."""
-    f2 = torch.fft.fftfreq(H)[:, None] ** 2 + torch.fft.rfftfreq(W) ** 2
+    f2 = fftfreq(H)[:, None] ** 2 + rfftfreq(W) ** 2
     h = (-2 * (math.pi * width) ** 2 * f2).exp()  # (H, W // 2 + 1)
     inverse = torch.where(h >= smallest, 1 / h, 0)
-
-    def blur(x, h=h):
-        return torch.fft.irfft2(torch.fft.rfft2(x) * h.to(x.device), (H, W))
-
-    return Operator(blur, lambda b: blur(b, inverse))
+    return Operator(
+        lambda x: irfft2(rfft2(x) * h.to(x.device), (H, W)),
+        lambda b: irfft2(rfft2(b) * inverse.to(b.device), (H, W)),
+    )
 
 
 def draw_mask(name, H, W, keep=0.25, seed=0):
@@ -112,8 +111,9 @@ def impute(x, op, b, sigma, z=None):
 
 def step(x, x0, t, s):
     """From noise level t to s < t, x0 = D(x, t): Score SDE, eq. (47); DDPM, eq. (7)."""
-    std = s * math.sqrt(1 - s**2 / t**2)  # square root of the variance, eq. (7)
-    return x + (1 - s**2 / t**2) * (x0 - x) + std * torch.randn_like(x)  # eq. (47)
+    share = 1 - s**2 / t**2  # of the way to x0
+    z = torch.randn_like(x)
+    return x + share * (x0 - x) + s * math.sqrt(share) * z  # eqs. (47), (7)
 
 
 def langevin(D, x, sigma, alpha):
@@ -176,8 +176,7 @@ def ilvr(D, b, op, x, sigma):
 
 
 def dps(D, b, op, x, sigma, zeta=1.0):
-    """DPS, Algorithm 1, zeta' times the gradient of ||b - A x0|| as in its code: zeta_i
-    as printed gives twice that. In the end, what is known is put in."""
+    """DPS, Algorithm 1, with zeta' of its code: half the step of zeta_i as printed."""
     for t, s in pairwise(sigma):
         x = x.detach().requires_grad_()
         x0 = D(x, t)  # line 4
@@ -185,7 +184,7 @@ def dps(D, b, op, x, sigma, zeta=1.0):
         (grad,) = torch.autograd.grad(norm.sum(), x)
         scale = math.sqrt((1 + t**2) * (1 + s**2))  # grad by x_t = x / sqrt(1 + t^2)
         x = step(x, x0, t, s).detach() - zeta * scale * grad  # lines 6, 7
-    return x if op.noise else impute(x, op, b, 0.0)
+    return x if op.noise else impute(x, op, b, 0.0)  # what is known, as it is
 
 
 METHODS = {"ald": ald, "replace": replace, "repaint": repaint, "ilvr": ilvr, "dps": dps}
@@ -207,11 +206,7 @@ def complete(D, x0, op, method, sigma, K, **options):
     b = b.repeat_interleave(K, 0)
     x = sigma[0] * torch.randn_like(x0.repeat_interleave(K, 0))
     x = impute(x, op, b, sigma[0])
-
-    def clipped(x, sigma):
-        return D(x, sigma).clamp(-1, 1)
-
-    x = METHODS[method](clipped, b, op, x, sigma, **options)
+    x = METHODS[method](lambda x, s: D(x, s).clamp(-1, 1), b, op, x, sigma, **options)
     return given, x.unflatten(0, (-1, K))
 
 
@@ -221,7 +216,7 @@ def measure(x0, x, hidden):
     x = x.float() / 255
     std = x.std(1, correction=min(1, x.shape[1] - 1)).mean(1)  # (N, H, W)
     std = std[:, hidden[0, 0] == 1].mean(1)
-    x = torch.cat([x.mean(1, True), x], dim=1)
+    x = torch.cat([x.mean(1, True), x], dim=1)  # the mean, then each
     mse = (x - x0[:, None] / 255).square().flatten(2).mean(2)
     psnr = -10 * mse.clamp(min=1e-10).log10()  # (N, 1 + K)
     return {"psnr_best": psnr[:, 1:].amax(1), "psnr_mean": psnr[:, 0], "std": std}
@@ -234,34 +229,34 @@ def flags():
     """The command line."""
     form = argparse.RawDescriptionHelpFormatter
     p = common.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     add = p.add_argument
     add("run", nargs="?", type=common.path, help="a run's folder (trains a DDPM)")
-    add("--samples", type=common.COUNT, default=10, help="test images (%(default)s)")
+    add("--samples", type=COUNT, default=10, help="test images (%(default)s)")
     add("--index", type=common.number(int, 0), default=0, help="the first of them")
-    add("--completions", type=common.COUNT, default=10, help="of each (%(default)s)")
+    add("--completions", type=COUNT, default=10, help="of each (%(default)s)")
     add("--image", nargs="+", type=common.path, help="your own pictures instead")
-    add("--size", type=common.COUNT, help="crop pictures to SIZE pixels squared")
+    add("--size", type=COUNT, help="crop pictures to SIZE pixels squared")
     add("--dataset", type=common.path, help="of the test images (the run's; digits)")
     add("--data-dir", type=common.path, help="where data sets are kept (the run's)")
     add("--out", type=common.path, help="folder of the pictures (RUN/inpaint)")
-    add("--device", type=common.device, default=auto, help="cpu, cuda, ...")
+    add("--device", type=common.device, default=device, help="cpu, cuda, ...")
     add("--seed", type=common.SEED, default=0, help="of all that is random")
     tasks = ["inpaint", "super", "deblur", "denoise", "colorize"]
     add("--task", choices=tasks, default="inpaint", help="what to do (%(default)s)")
     masks = "hides: left, right, top, bottom, center, band, random; or FILE, its black"
     add("--mask", type=common.path, default="left", help=masks)
     add("--keep", type=common.SHARE, default=0.25, help="left by --mask random")
-    add("--factor", type=common.COUNT, default=4, help="super: pixels squared in one")
-    add("--blur", type=common.SCALE, default=1.5, help="deblur: width in pixels")
-    add("--noise", type=common.SCALE, default=0.5, help="denoise: sigma; white is 1")
+    add("--factor", type=COUNT, default=4, help="super: pixels squared in one")
+    add("--blur", type=SCALE, default=1.5, help="deblur: width in pixels")
+    add("--noise", type=SCALE, default=0.5, help="denoise: sigma; white is 1")
     auto = "auto: repaint, but replace to denoise"
     add("--method", choices=["auto", *METHODS], default="auto", help=auto)
-    add("--sample-steps", type=common.COUNT, help=f"noise levels ({LEVELS})")
+    add("--sample-steps", type=COUNT, help=f"noise levels ({LEVELS})")
     add("--T", type=common.number(int, 0), help="steps a level (ald 10, replace 1)")
-    add("--U", type=common.COUNT, help="of repaint: passes of a level (7; paper: 10)")
-    add("--jump", type=common.COUNT, help="of repaint: levels at once (1; paper: 10)")
-    add("--zeta", type=common.SCALE, help="of dps: step size (1; paper: 0.3 to 1)")
+    add("--U", type=COUNT, help="of repaint: passes of a level (7; paper: 10)")
+    add("--jump", type=COUNT, help="of repaint: levels at once (1; paper: 10)")
+    add("--zeta", type=SCALE, help="of dps: step size (1; paper: 0.3 to 1)")
     return p
 
 
@@ -285,10 +280,10 @@ def trained(args):
         args.run = f"runs/ddpm-{Path(dataset).resolve().name}"
         if not common.is_run(args.run):
             say(f"train  no RUN is named: a DDPM learns {dataset} first, in {args.run}")
-            data = ["--dataset", dataset, "--data-dir", args.data_dir or "data"]
-            data += ["--size", str(args.size)] if args.size else []
-            draw = ["--sample-steps", "50", "--device", args.device]
-            ddpm.main([*data, *draw, "--out", args.run])
+            argv = ["--out", args.run, "--sample-steps", "50", "--device", args.device]
+            argv += ["--dataset", dataset, "--data-dir", args.data_dir or "data"]
+            argv += ["--size", str(args.size)] if args.size else []
+            ddpm.main(argv)
     run = common.load_checkpoint(args.run, {**ncsn.KIND, **ddpm.KIND, **sde.KIND})
     common.prepare(run.net, argparse.Namespace(precision="auto", device=args.device))
     return run
@@ -368,10 +363,11 @@ def save(out, images, given, x, frames, **rows):
     """OUT.png: truth, given, completions; OUT-process.gif: those of the first image;
     OUT.npz: completions (N, K, H, W, C), truth (N, H, W, C), and rows an image."""
     sheet = torch.cat([images[:, None], given[:, None], x], dim=1)[:20, :12]
-    common.save_picture(common.grid(sheet.flatten(0, 1), sheet.shape[1]), f"{out}.png")
+    picture = common.grid(sheet.flatten(0, 1), cols=sheet.shape[1])
+    common.save_picture(picture, f"{out}.png")
     common.save_process([common.to_uint8(f) for f in frames], f"{out}-process")
-    truth = images.permute(0, 2, 3, 1).numpy()
-    completions = x.permute(0, 1, 3, 4, 2).numpy()
+    truth = images.permute(0, 2, 3, 1)
+    completions = x.permute(0, 1, 3, 4, 2)
     with common.aside(f"{out}.npz") as f:
         np.savez(f, completions=completions, truth=truth, **rows)
     say(f"saved  {out}.png, .npz, -process.gif")
@@ -402,7 +398,6 @@ def main(argv=None):
         frames = frames or [*watch.frames, x[0, :8].cpu()]
         parts.append((common.to_uint8(given), common.to_uint8(x)))
         say(f"draw   {min(first + chunk, N)}/{N}   {watch.count} evaluations each")
-
     given, x = (torch.cat(part)[:N] for part in zip(*parts))
     measures = measure(images, x, hidden)
     for key, v in measures.items():
