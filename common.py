@@ -131,7 +131,7 @@ def each(v, x):
     return torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x))
 
 
-def hide(label, p_null):
+def hide(label, p_null=0.1):
     """The labels (B,), each -1, "no class", with probability p_null; or None."""
     if label is None:
         return None
@@ -868,8 +868,8 @@ def full_precision(net):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): momentum made orthogonal, for matrices; a convolution
-    is one of C_out x 9 C_in."""
+    """Muon (Jordan et al. 2024), in the scale of Liu et al. 2025, arXiv:2502.16982:
+    momentum made orthogonal, for matrices; a convolution is one of C_out x 9 C_in."""
 
     def __init__(self, weights, dtype=torch.float32, beta=0.95):
         super().__init__(weights, {"lr": 0.0, "beta": beta})
@@ -889,7 +889,7 @@ class Muon(torch.optim.Optimizer):
             grad = torch.stack([p.grad.flatten(1) for p in ps])
             momentum = torch.stack([state["momentum"].flatten(1) for state in states])
             update = orthogonal(grad.lerp(momentum, group["beta"]).to(self.dtype))
-            scale = 0.2 * max(shape) ** 0.5  # then its mean square is that of Adam's
+            scale = 0.2 * max(shape) ** 0.5  # root mean square 0.2, near Adam's
             for p, u in zip(ps, update):
                 p.sub_(u.reshape(p.shape), alpha=scale * group["lr"])
 
@@ -1068,8 +1068,8 @@ def finish(args, draw, calls, name="", low=-1.0):
     name += f"-w{args.guidance:g}" if args.guidance else ""
     parts, frames, began = [], None, time.perf_counter()
     chunk = CHUNK["cuda" if "cuda" in args.device else "cpu"]
-    each = f"{calls * (2 if args.guidance else 1)} evaluations of the network each"
-    say(f"draw   {args.samples} images, {each} ...")
+    calls_of_one = calls * (2 if args.guidance else 1)
+    say(f"draw   {args.samples} images, {calls_of_one} evaluations of the network each")
     for first in range(0, args.samples, chunk):
         seed_all(args.seed, first)
         watch = Watch(calls)

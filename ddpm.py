@@ -69,35 +69,35 @@ def check_steps(abar, tau=()):
 
 
 def scales(abar_t, x):
-    """a and s of x_t = a x_0 + s eps, eq. (4), shaped to multiply x; abar_t (B,)."""
+    """a and b of x_t = a x_0 + b eps, eq. (4), shaped to multiply x; abar_t (B,)."""
     return per_sample(abar_t.sqrt(), x), per_sample((1 - abar_t).sqrt(), x)
 
 
 def diffuse(x0, abar_t):
-    """x_t = a x_0 + s eps of q(x_t | x_0), eq. (4), and eps, a, s; abar_t (B,)."""
-    a, s = scales(abar_t, x0)
+    """x_t = a x_0 + b eps of q(x_t | x_0), eq. (4), and eps, a, b; abar_t (B,)."""
+    a, b = scales(abar_t, x0)
     eps = torch.randn_like(x0)
-    return a * x0 + s * eps, eps, a, s
+    return a * x0 + b * eps, eps, a, b
 
 
-def target(x0, eps, a, s, predict):
+def target(x0, eps, a, b, predict):
     """What the network is compared with, by its name; v is of arXiv:2202.00512."""
-    return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[predict]
+    return {"eps": eps, "x0": x0, "v": a * eps - b * x0}[predict]
 
 
-def eps_and_x0(out, x_t, a, s, predict):
-    """(eps, x0) from its output; x_t = a x_0 + s eps, v = a eps - s x_0."""
+def eps_and_x0(out, x_t, a, b, predict):
+    """(eps, x0) from the network's output; x_t = a x_0 + b eps, v = a eps - b x_0."""
     if predict == "eps":
-        return out, (x_t - s * out) / a
+        return out, (x_t - b * out) / a
     if predict == "x0":
-        return (x_t - a * out) / s, out
-    return s * x_t + a * out, a * x_t - s * out  # v, arXiv:2202.00512
+        return (x_t - a * out) / b, out
+    return b * x_t + a * out, a * x_t - b * out  # v, arXiv:2202.00512
 
 
 # ---------------------------------------------------------------- training: Algorithm 1
 
 
-def loss(net, x0, abar, label=None, p_null=0.1, predict="eps"):
+def loss(net, x0, abar, label=None, predict="eps"):
     """L_simple, eq. (14), a mean over pixels; x0 (B, ...), images in [-1, 1] or points.
 
     predict: what net(x_t, t, label) returns, and is compared with, eps, x0 or v. One in
@@ -105,9 +105,9 @@ def loss(net, x0, abar, label=None, p_null=0.1, predict="eps"):
     """
     T, B = len(abar) - 1, len(x0)
     t = torch.randint(1, T + 1, (B,), device=x0.device)  # line 3: t ~ {1, ..., T}
-    x_t, eps, a, s = diffuse(x0, abar[t])  # line 4, eq. (4)
-    out = net(x_t, t, hide(label, p_null))
-    return (target(x0, eps, a, s, predict) - out).square().mean()  # line 5, eq. (14)
+    x_t, eps, a, b = diffuse(x0, abar[t])  # line 4, eq. (4)
+    out = net(x_t, t, hide(label))
+    return (target(x0, eps, a, b, predict) - out).square().mean()  # line 5, eq. (14)
 
 
 # ------------------------------------------------------ sampling: Algorithm 2, and DDIM
@@ -139,27 +139,28 @@ def subsequence(T, S):
 def ancestral(f, x, abar, tau, variance="beta", gamma=None):
     """Algorithm 2 on the falling steps tau = [T, ..., 0] (improved DDPM, eq. 19).
 
-    f(x, t) is eps, or for variance "learned" the pair (eps, v): see reverse_variance.
+    f(x, t) is eps, or for variance "learned" the pair (eps, raw); see reverse_variance,
+    and for "analytic", which needs gamma, second_moment.
     """
     check_steps(abar, tau)
     for t, s in pairwise(tau):  # from x_t to x_s
         out = f(x, t)
-        eps, v = out if variance == "learned" else (out, None)
+        eps, raw = out if variance == "learned" else (out, None)
         alpha = abar[t] / abar[s]
         x = (x - (1 - alpha) / (1 - abar[t]).sqrt() * eps) / alpha.sqrt()  # eq. (11)
         if s > 0:
             gamma_t = None if gamma is None else gamma[t]
-            sigma2 = reverse_variance(variance, abar[t], abar[s], v, gamma_t)
+            sigma2 = reverse_variance(variance, abar[t], abar[s], raw, gamma_t)
             x = x + sigma2.sqrt() * torch.randn_like(x)
     return x
 
 
 @torch.no_grad()
 def ddim(eps_theta, x, abar, tau, eta=0.0):
-    """DDIM, eq. (12), along the falling steps tau; eta = 0 adds no noise, 1 DDPM's.
+    """DDIM, eq. (12), along the falling steps tau; eta = 0: no noise, 1: DDPM's beta~.
 
-    Rising from 0 to T, with eta = 0, it encodes x_0 as its x_T. In the cosine schedule
-    1 / sqrt(abar_T) is 2e4 or more: it needs a predictor that clips x_0.
+    Rising from 0 to T, with eta = 0, it encodes x_0 as its x_T. At T = 1000 the cosine
+    schedules' 1 / sqrt(abar_T) is 2e4 and 4e4: it needs a predictor that clips x_0.
     """
     check_steps(abar, tau if eta else ())
     for t, s in pairwise(tau):  # from x_t to x_s
@@ -169,7 +170,8 @@ def ddim(eps_theta, x, abar, tau, eta=0.0):
         if eta:
             beta_tilde = (1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])
             sigma = eta * beta_tilde.sqrt()  # eq. (16)
-        x = abar[s].sqrt() * x0 + (1 - abar[s] - sigma**2).clamp(min=0).sqrt() * eps
+        rest = (1 - abar[s] - sigma**2).clamp(min=0).sqrt()
+        x = abar[s].sqrt() * x0 + rest * eps  # eq. (12)
         if eta:
             x = x + sigma * torch.randn_like(x)
     return x
@@ -182,7 +184,7 @@ def predictor(
 
     w: classifier-free guidance, eq. (6) of its paper; or, with a guide, a network like
     this one but worse, autoguidance. clip: x_0 to [-1, 1], as images are. learned: the
-    pair (eps, v) of a network with two channels for one.
+    pair (eps, raw) of a network with two channels for one.
     """
     if w and label is None and guide is None:
         raise ValueError("guidance needs labels (B,), or a guide")
@@ -191,18 +193,18 @@ def predictor(
         steps = torch.full((len(x),), t, device=x.device)
         C = x.shape[1]
         out = net(x, steps, label)
-        out, v = out[:, :C], out[:, C:]
+        out, raw = out[:, :C], out[:, C:]
         if w:
             if guide:
                 worse = guide(x, steps, label)
             else:
                 worse = net(x, steps, torch.full_like(label, -1))
             out = (1 + w) * out - w * worse[:, :C]  # eq. (6)
-        a, s = abar[t].sqrt(), (1 - abar[t]).sqrt()
-        eps, x0 = eps_and_x0(out, x, a, s, predict)
+        a, b = abar[t].sqrt(), (1 - abar[t]).sqrt()
+        eps, x0 = eps_and_x0(out, x, a, b, predict)
         if clip:
-            eps = (x - a * x0.clamp(-1, 1)) / s
-        return (eps, v) if learned else eps
+            eps = (x - a * x0.clamp(-1, 1)) / b
+        return (eps, raw) if learned else eps
 
     return eps_theta
 
@@ -219,13 +221,13 @@ def posterior(x0, x_t, abar_t, abar_s):
     return mean_0 + mean_t, (1 - abar_s) / (1 - abar_t) * beta
 
 
-def reverse_variance(kind, abar_t, abar_s, v=None, gamma=None, beta_tilde=None):
+def reverse_variance(kind, abar_t, abar_s, raw=None, gamma=None, beta_tilde=None):
     """sigma_t^2 of the step from t to s. beta, beta-tilde: section 3.2.
 
-    learned: improved DDPM, eq. (15), with f = (v + 1) / 2 as in its code. analytic: the
-    optimum beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), by gamma
-    of second_moment (Analytic-DPM, Theorem 1), Cov in the bounds of its eqs. (11),
-    (12); its authors clip the last x_0 only.
+    learned: improved DDPM, eq. (15), with v = (raw + 1) / 2 as in its code. analytic:
+    beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), by gamma of
+    second_moment (Analytic-DPM, Theorem 1), Cov in the bounds of its eqs. (11), (12);
+    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: for one that is 0.
     """
     beta = 1 - abar_t / abar_s
     if beta_tilde is None:
@@ -237,9 +239,9 @@ def reverse_variance(kind, abar_t, abar_s, v=None, gamma=None, beta_tilde=None):
     if kind == "analytic":
         cov = ((1 - abar_t) / abar_t * (1 - gamma)).clamp(1e-8, 1)  # eqs. (11), (12)
         more = abar_s * (beta / (1 - abar_t)) ** 2 * cov
-        return (1 - abar_s) / (1 - abar_t) * beta + more
-    f = (v + 1) / 2
-    return (f * beta.log() + (1 - f) * beta_tilde.log()).exp()  # eq. (15)
+        return (1 - abar_s) / (1 - abar_t) * beta + more  # at t = 1 without beta~_2
+    v = (raw + 1) / 2
+    return (v * beta.log() + (1 - v) * beta_tilde.log()).exp()  # eq. (15)
 
 
 @torch.no_grad()
@@ -252,8 +254,7 @@ def second_moment(eps_theta, x0, abar, tau):
     gamma = torch.ones_like(abar)
     for t in tau:
         if t > 0:
-            eps = torch.randn_like(x0)
-            x_t = abar[t].sqrt() * x0 + (1 - abar[t]).sqrt() * eps
+            x_t, *_ = diffuse(x0, abar[t].expand(len(x0)))
             gamma[t] = eps_theta(x_t, t).square().mean()  # eq. (8)
     return gamma
 
@@ -278,7 +279,8 @@ def bound_term(out, x0, x_t, t, abar, predict, variance, gamma=None, clip=False)
     """(L_{t-1} in bits/dim (B,), predicted x_0); t (B,), out = net(x_t, t), eq. (5).
 
     KL(q(x_{t-1} | x_t, x_0) || p_theta); for t = 1 the decoder, eq. (13). beta~_1 = 0
-    is taken as beta~_2; the authors' code does so in L_0 for "beta" too: 0.4 bits more.
+    is taken as beta~_2, not so by "analytic" (its authors do, and DDPM's even in L_0 of
+    "beta": 0.4 bits more).
     clip: x_0 to [-1, 1] for t > 1 (the decoder's outer bins are open). In abar's type.
     """
     C = x0.shape[1]
@@ -287,8 +289,8 @@ def bound_term(out, x0, x_t, t, abar, predict, variance, gamma=None, clip=False)
     abar_t = per_sample(abar[t], x0)
     abar_s = per_sample(abar[t - 1], x0)
     last = per_sample(t, x0) == 1
-    a, s = scales(abar[t], x0)
-    _, x0_hat = eps_and_x0(out[:, :C], x_t, a, s, predict)
+    a, b = scales(abar[t], x0)
+    _, x0_hat = eps_and_x0(out[:, :C], x_t, a, b, predict)
     if clip:
         x0_hat = torch.where(last, x0_hat, x0_hat.clamp(-1, 1))
     mean, _ = posterior(x0_hat, x_t, abar_t, abar_s)
@@ -296,15 +298,15 @@ def bound_term(out, x0, x_t, t, abar, predict, variance, gamma=None, clip=False)
     beta_tilde_2 = (1 - abar[1]) / (1 - abar[2]) * (1 - abar[2] / abar[1])
     beta_tilde = torch.where(last, beta_tilde_2, beta_tilde)
     gamma_t = None if gamma is None else per_sample(gamma[t], x0)
-    v = out[:, C:].to(abar)
-    sigma2 = reverse_variance(variance, abar_t, abar_s, v, gamma_t, beta_tilde)
+    raw = out[:, C:].to(abar)
+    sigma2 = reverse_variance(variance, abar_t, abar_s, raw, gamma_t, beta_tilde)
     ratio = (beta_tilde + (mean_q - mean) ** 2) / sigma2
     kl = 0.5 * (sigma2.log() - beta_tilde.log() + ratio - 1)  # eq. (5)
     l = torch.where(last, -log_decoder(x0, mean, sigma2.sqrt()), kl)  # eq. (13)
     return l.flatten(1).mean(1) / math.log(2), x0_hat
 
 
-def hybrid_loss(net, x0, abar, label=None, p_null=0.1, predict="eps", lam=0.001):
+def hybrid_loss(net, x0, abar, label=None, predict="eps", lam=0.001):
     """L_simple + lambda L_vlb, improved DDPM, eq. (16).
 
     L_vlb, in bits/dim as in the authors' code, is T times the term of a random t; it
@@ -312,16 +314,16 @@ def hybrid_loss(net, x0, abar, label=None, p_null=0.1, predict="eps", lam=0.001)
     """
     T, B = len(abar) - 1, len(x0)
     t = torch.randint(1, T + 1, (B,), device=x0.device)
-    x_t, eps, a, s = diffuse(x0, abar[t])
-    out, v = net(x_t, t, hide(label, p_null)).chunk(2, dim=1)
-    simple = (target(x0, eps, a, s, predict) - out).square().mean()
-    frozen = torch.cat([out.detach(), v], dim=1)
+    x_t, eps, a, b = diffuse(x0, abar[t])
+    out, raw = net(x_t, t, hide(label)).chunk(2, dim=1)
+    simple = (target(x0, eps, a, b, predict) - out).square().mean()
+    frozen = torch.cat([out.detach(), raw], dim=1)
     l, _ = bound_term(frozen, x0, x_t, t, abar, predict, "learned")
     return simple + lam * T * l.mean()  # eq. (16)
 
 
-def vlb_loss(net, x0, abar, history, label=None, p_null=0.1, predict="eps"):
-    """L_vlb = E[L_t / p_t], t ~ p_t ~ sqrt(E[L_t^2]), improved DDPM, eq. (18), in bits.
+def vlb_loss(net, x0, abar, history, label=None, predict="eps"):
+    """L_vlb = E[L_t / p_t], p_t like sqrt(E[L_t^2]): improved DDPM, eq. (18), in bits.
 
     history (T, 10): the last ten L_t of each t, inf before; p is uniform until all are
     there. L_T, which has no weights, is left out.
@@ -332,7 +334,7 @@ def vlb_loss(net, x0, abar, history, label=None, p_null=0.1, predict="eps"):
     p = torch.where(known, 0.999 * p / p.sum() + 0.001 / T, 1 / T)
     t = p.multinomial(len(x0), replacement=True) + 1
     x_t, *_ = diffuse(x0, abar[t])
-    out = net(x_t, t, hide(label, p_null))
+    out = net(x_t, t, hide(label))
     l, _ = bound_term(out, x0, x_t, t, abar, predict, "learned")
     l = l.to(p.dtype)
     kept = history[t - 1, 1:]
@@ -424,9 +426,9 @@ def denoiser(run, device="cpu"):
         part = (log_sigma - low) / (table[i] - low)
         t = i + part.clamp(0, 1)  # (B,), 1 <= t <= T
         a = per_sample(1 / (1 + sigma**2).sqrt(), y)  # sqrt(abar_t)
-        s = per_sample(sigma, y) * a
+        b = per_sample(sigma, y) * a
         out = net(a * y, t, label)[:, : y.shape[1]]
-        return eps_and_x0(out, a * y, a, s, run.args.predict)[1]
+        return eps_and_x0(out, a * y, a, b, run.args.predict)[1]
 
     return D, (table[0].exp().item(), table[-1].exp().item())
 

@@ -16,7 +16,8 @@ Differs  mean over pixels instead of sum; one U-Net, told log sigma, that learns
          and a larger first sigma, the last is 0.05; T = 10; lambda = sigma^3; Muon,
          clipped gradients, a learning rate that decays; an average of the weights
          that is shorter at first; a last denoising step, as in the second paper (the
-         first one's code returns the state before its last step, clamped). Both papers'
+         first one's code returns the state before its last step, clamped); --improved
+         starts at sigma_1 z, its authors' code at uniform noise. Both papers'
          code takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5 is 4e-5 here
 
     python ncsn.py                              # draws its own digits, and learns them
@@ -44,7 +45,7 @@ def score(net, x, sigma, label=None):
 # ------------------------------------------------------------- training: score matching
 
 
-def loss(net, x, sigma, label=None, power=2.0, p_null=0.1):
+def loss(net, x, sigma, label=None, power=2.0):
     """Denoising score matching over the levels sigma (L,), eqs. (5), (6), pixels' mean.
 
     x (B, ...), images in [0, 1] or points; lambda = sigma^power. One in ten labels is
@@ -52,7 +53,7 @@ def loss(net, x, sigma, label=None, power=2.0, p_null=0.1):
     """
     i = torch.randint(len(sigma), (len(x),), device=x.device)  # the sum of eq. (6)
     sigma_i = sigma[i]  # (B,)
-    label = hide(label, p_null)
+    label = hide(label)
     z = torch.randn_like(x)
     x_tilde = x + per_sample(sigma_i, x) * z
     target = -z / per_sample(sigma_i, x)  # -(x~ - x) / sigma^2
@@ -61,7 +62,7 @@ def loss(net, x, sigma, label=None, power=2.0, p_null=0.1):
     return (sigma_i**power * l).mean()  # eq. (6)
 
 
-def ssm_loss(net, x, sigma, label=None, power=2.0, p_null=0.1, reduced=True):
+def ssm_loss(net, x, sigma, label=None, power=2.0, reduced=True):
     """Sliced score matching, E[v^T grad_x s v + norm / 2], over the same levels.
 
     norm: (v^T s)^2, or with reduced variance || s ||^2 (SSM-VR; eq. (3) of NCSN). v of
@@ -70,7 +71,7 @@ def ssm_loss(net, x, sigma, label=None, power=2.0, p_null=0.1, reduced=True):
     """
     i = torch.randint(len(sigma), (len(x),), device=x.device)
     sigma_i = sigma[i]
-    label = hide(label, p_null)
+    label = hide(label)
     x_tilde = (x + per_sample(sigma_i, x) * torch.randn_like(x)).requires_grad_()
     v = torch.randn_like(x).sign()  # E v v^T = I
     s = score(net, x_tilde, sigma_i, label)
@@ -85,10 +86,11 @@ def ssm_loss(net, x, sigma, label=None, power=2.0, p_null=0.1, reduced=True):
 
 
 @torch.no_grad()
-def sample(score, x, sigma, eps, T, denoise=True):
+def sample(s_theta, x, sigma, eps, T, denoise=True):
     """Algorithm 1 from x (B, ...) over the falling levels sigma (L,), T steps on each.
 
-    score(x, sigma_i), sigma_i a number. denoise: end with E[x | x~], Tweedie's formula.
+    s_theta(x, sigma_i), a score of a number. denoise: end with E[x | x~], Tweedie's
+    formula. ValueError unless sigma falls.
     """
     if (sigma[1:] >= sigma[:-1]).any():
         raise ValueError("sigma must fall: sigma_1 > ... > sigma_L, geometric_sigmas()")
@@ -96,9 +98,9 @@ def sample(score, x, sigma, eps, T, denoise=True):
         alpha = eps * (sigma_i / float(sigma[-1])) ** 2  # line 3
         for _ in range(T):
             z = torch.randn_like(x)  # line 5
-            x = x + alpha / 2 * score(x, sigma_i) + math.sqrt(alpha) * z  # line 6
+            x = x + alpha / 2 * s_theta(x, sigma_i) + math.sqrt(alpha) * z  # line 6
     if denoise:
-        x = x + sigma_i**2 * score(x, sigma_i)
+        x = x + sigma_i**2 * s_theta(x, sigma_i)
     return x
 
 
@@ -165,8 +167,9 @@ def step_size(gamma, T):
     """Technique 4: (r, value), the r = eps / sigma_L^2 with the value nearest to 1 of
     (1-r)^2T (gamma^2 - 2r / (1 - (1-r)^2)) + 2r / (1 - (1-r)^2).
 
-    The variance on leaving a level over sigma^2, on a point mass, entered with the last
-    level's. It stays above 1: 2r / (1 - (1-r)^2) is the meter's inflation.
+    The variance on a point mass, over sigma_i^2, after T steps on level i that began
+    with gamma^2 sigma_i^2, of the level before. It stays above 1: 2r / (1 - (1-r)^2) is
+    the meter's inflation.
     """
     r = torch.logspace(-6, 0, 10**6, dtype=torch.float64)
     inflation = 2 * r / (1 - (1 - r) ** 2)

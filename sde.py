@@ -23,8 +23,10 @@ Differs  mean over pixels instead of sum; the loss and its noise, which are EDM'
          weights begins with decay 0.1, the authors' with 0.18; images are dequantised
          in training too; D is clipped to [-1, 1] while drawing; beta_i, G_i are of the
          exact forward transition between two times, N gaps from T to t_min (the
-         authors' Euler-Maruyama has steps of 1 / N on N - 1 gaps); by default the times
-         are even in atan(sigma / 2), not in t; E[x(0) | x(t_min)] is what is returned
+         authors' Euler-Maruyama has steps of 1 / N on N - 1 gaps); heun has EDM's grid,
+         the samplers with --grid times even in atan(sigma / 2), not in t; VE's paper
+         has images in [0, 1]: its sigmas 0.01 to 50 are 0.02 to 100 here; what is
+         returned is E[x(0) | x(t_min)]
 
     python sde.py --dataset mnist       # trains, then see runs/sde-mnist/samples.png
     python sde.py --dataset mnist --sample-only --evaluate-bits 100  # exact bits/dim
@@ -177,7 +179,7 @@ def D_theta(net, y, sigma, label=None, sigma_data=1.0):
     return c_skip * y + c_out * net(c_in * y, c_noise, label)  # eq. (7)
 
 
-def loss(net, x0, sde, label=None, p_null=0.1, likelihood=False):
+def loss(net, x0, sde, label=None, likelihood=False):
     """Denoising score matching, eq. (7), lambda = s^2, t uniform; the mean over pixels.
 
     x0 (B, ...). likelihood: lambda = g^2 (ScoreFlow) by a constant, t being drawn from
@@ -193,11 +195,11 @@ def loss(net, x0, sde, label=None, p_null=0.1, likelihood=False):
     sigma = per_sample(s / a, x0)
     z = torch.randn_like(x0)
     y = x0 + sigma * z  # x(t) / a(t), x(t) ~ p_0t, eq. (29)
-    eps = (y - D_theta(net, y, s / a, hide(label, p_null))) / sigma
+    eps = (y - D_theta(net, y, s / a, hide(label))) / sigma
     return (eps - z).square().mean()  # eq. (7): s^2 || -eps / s + z / s ||^2
 
 
-def edm_loss(net, x0, label=None, p_null=0.1, sigma_data=1.0):
+def edm_loss(net, x0, label=None, sigma_data=1.0):
     """EDM's loss, E lambda(sigma) || D(x0 + sigma z; sigma) - x0 ||^2, by its Table 1.
 
     There ln sigma ~ N(-1.2, 1.2^2), in EDM2 (arXiv:2312.02696) N(-0.4, 1), both for
@@ -207,7 +209,7 @@ def edm_loss(net, x0, label=None, p_null=0.1, sigma_data=1.0):
     sigma = 2 * sigma_data * (-0.4 + n).exp()
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2  # lambda(sigma)
     y = x0 + per_sample(sigma, x0) * torch.randn_like(x0)
-    D = D_theta(net, y, sigma, hide(label, p_null), sigma_data)
+    D = D_theta(net, y, sigma, hide(label), sigma_data)
     return (per_sample(weight, x0) * (D - x0).square()).mean()
 
 
@@ -371,7 +373,7 @@ def ode(score, sde, x, tol=1e-5):
 
 
 @torch.no_grad()
-def heun(score, sde, x, N, rho=7.0, churn=0.0):
+def heun(score, sde, x, N, churn=0.0):
     """EDM, Algorithm 1, and for S_churn > 0 Algorithm 2 with S_tmin = 0, S_tmax = inf,
     S_noise = 1. N steps in y = x / a, whose ODE is dy = eps dsigma for every SDE, the
     last to sigma = 0; 2 N - 1 evaluations."""
@@ -381,7 +383,7 @@ def heun(score, sde, x, N, rho=7.0, churn=0.0):
         a, s = sde.kernel(t)
         return -s * score(a * y, t)
 
-    sigmas = karras_sigmas(N, *sigma_range(sde), rho)
+    sigmas = karras_sigmas(N, *sigma_range(sde))
     y = x / sde.kernel(torch.tensor(sde.T, dtype=torch.float64))[0]
     for sigma, sigma_next in itertools.pairwise(sigmas):
         if churn:
@@ -401,7 +403,7 @@ def heun(score, sde, x, N, rho=7.0, churn=0.0):
 def adaptive(score, sde, x, tol=0.05, tol_abs=2 / 256, safety=0.9, r=0.9):
     """Algorithm 1 of Jolicoeur-Martineau et al.: x' by Euler-Maruyama, x'' by the
     mean of the steps at both ends, the same z; taken if x' - x'' is small. tol_abs: a
-    grey level.
+    grey level. One step for the batch; in the paper each sample has its own.
     """
 
     def increment(x, t, h, z):
@@ -431,30 +433,31 @@ def adaptive(score, sde, x, tol=0.05, tol_abs=2 / 256, safety=0.9, r=0.9):
 def log_likelihood(score, sde, x, tol=1e-5, probes=1):
     """(log p(x) in nats, (B, probes), and x(T)) of x (B, ...) at t_min, eq. (39).
 
-    The divergence is v^T grad(flow) v with Rademacher v, eq. (40); probes = 0: exact, D
+    The divergence is v^T grad(flow) v with Rademacher v, eq. (40); probes = 0: exact, d
     products, as (B, 1).
     """
-    B, D, field = len(x), x[0].numel(), flow(score, sde)
+    B, d = len(x), x[0].numel()
+    field = flow(score, sde)
     if probes:
-        vs = torch.randn(probes, B, D, device=x.device).sign().to(x)
+        vs = torch.randn(probes, B, d, device=x.device).sign().to(x)
     else:
-        vs = torch.eye(D).to(x)[:, None].expand(D, B, D)
+        vs = torch.eye(d).to(x)[:, None].expand(d, B, d)
 
     def fun(state, t):
         with torch.enable_grad():
-            now = state[:, :D].reshape(x.shape).clone().requires_grad_()
+            now = state[:, :d].reshape(x.shape).clone().requires_grad_()
             dx = field(now, t).flatten(1)
             columns = []
             for v in vs:
                 (vjp,) = torch.autograd.grad((dx * v).sum(), now, retain_graph=True)
                 columns.append((vjp.flatten(1) * v).sum(1))  # eq. (40)
-        div = torch.stack(columns, dim=1)  # (B, probes) or (B, D)
+        div = torch.stack(columns, dim=1)  # (B, probes) or (B, d)
         div = div if probes else div.sum(1, keepdim=True)
         return torch.cat([dx.detach(), div], dim=1)
 
     state = torch.cat([x.flatten(1), x.new_zeros(B, max(1, probes))], dim=1)
     state = rk45(fun, state, sde.t_min, sde.T, tol)
-    x_T, integral = state[:, :D], state[:, D:]
+    x_T, integral = state[:, :d], state[:, d:]
     log_p_T = torch.distributions.Normal(0, sde.prior).log_prob(x_T).sum(1)
     return log_p_T[:, None] + integral, x_T.view_as(x)  # eq. (39)
 
@@ -542,8 +545,8 @@ def flags():
     add = p.kept.add_argument
     sdes, weightings = ["vp", "ve", "subvp", "edm"], ["edm", "paper", "likelihood"]
     add("--sde", choices=sdes, default="vp", help="(%(default)s) edm: sigma(t) = t")
-    add("--sigma-min", type=scale, help="of VE and EDM (0.01; 0.002, as the papers)")
-    add("--sigma-max", type=scale, help="of both (34, paper: 50; 80, as the paper)")
+    add("--sigma-min", type=scale, help="of VE (0.01, paper: 0.02), EDM (0.002)")
+    add("--sigma-max", type=scale, help="of VE (34, paper: 100), EDM (80)")
     add = p.settled.add_argument
     add("--weighting", choices=weightings, default="edm", help="the loss; paper: s^2")
     add("--train-classifier", action="store_true", help="train p(label | x(t)) instead")
@@ -616,7 +619,7 @@ def sampler(args, sde):
         "ancestral": (ancestral, [ts], N + 1),
         "pc": (pc, [ts, args.snr, M], N * (1 + M) + 1),
         "ode": (ode, [args.tol or 1e-5], 200),
-        "heun": (heun, [N, 7.0, args.churn], 2 * N - 1),
+        "heun": (heun, [N, args.churn], 2 * N - 1),
         "adaptive": (adaptive, [args.tol or 0.05], 200),
     }[name]
 
@@ -645,12 +648,13 @@ def report_bits(args, score, sde, images):
     """--evaluate-bits: a line, and OUT/bits.csv: a row an image, a column a probe."""
     pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images = images[pick[: args.evaluate_bits]]
-    N, D, bits = len(images), images[0].numel(), torch.empty(0, args.probes)
+    N, d = len(images), images[0].numel()
+    bits = torch.empty(0, args.probes)
     for part in images.split(100):
         y = dequantised(part.to(args.device) / 127.5 - 1)
         log_p, _ = log_likelihood(score, sde, y, args.tol or 1e-5, args.probes)
-        log_p = log_p.cpu() + D * math.log(2 / 256)  # of u, whose steps are 1
-        bits = torch.cat([bits, -log_p / D / math.log(2)])
+        log_p = log_p.cpu() + d * math.log(2 / 256)  # of u, whose steps are 1
+        bits = torch.cat([bits, -log_p / d / math.log(2)])
         say(f"bits   {len(bits)}/{N} images   mean {bits.mean():.4f}")
     header = [f"probe_{k + 1}" for k in range(args.probes)]
     common.save_csv(f"{args.out}/bits.csv", header, bits.tolist())
