@@ -308,7 +308,7 @@ class Improved(Case):
         L, eps = ncsn.derive(64, sigma_1, 0.05, 2)
         _, x, sigma, *options = seen.call_args.args
         near(sigma, common.geometric_sigmas(sigma_1, 0.05, L))
-        near(options, [eps, 2, True])
+        near(options, [eps, 2, True], 1e-9)
         near(x.std() / sigma_1, 1, 0.2)  # starts from noise: 4.5 standard errors
         run = common.load_checkpoint(out, ncsn.KIND)
         shaken(run.net)
@@ -557,7 +557,7 @@ class Bound(Case):
             l.backward()
             found.append([l.item(), *ends.grad.tolist()])
         simple, both = found
-        near([simple[1], both[2] - simple[2]])  # each its own
+        near([simple[1], both[2] - simple[2]], 0, 1e-7)  # each its own
         assert both[1] != 0
         x_t, t, _ = net.call_args.args
         l, _ = ddpm.bound_term(net(x_t, t), x0, x_t, t, ABAR, "eps", "learned")
@@ -1092,7 +1092,7 @@ class Control(Case):
         assert x.shape == (2, 5, 8)
         op = masked(ones(8), 0.8)
         given, x = inpaint.complete(white, x0, op, "ilvr", [0.8], 5)
-        near(x - given[:, None])  # b is where it begins
+        near(x - given[:, None], 0)  # b is where it begins
         near(given.std(), 0.8, 0.6)
 
     def test_measures(self):
@@ -1127,7 +1127,7 @@ class Control(Case):
             if "mask" in argv:  # what is known is kept bit for bit, the rest is new
                 known = inpaint.draw_mask(argv.split()[1], 8, 8)
                 off = f.completions[..., 0] - images[2:5].int()
-                near(known * off)
+                near(known * off, 0)
                 assert off.float().std(1).mean() > 1
         first = self.saved(run).completions
         one = self.saved(run, "--index", 3, "--samples", 1).completions
@@ -1308,7 +1308,8 @@ def idx(array):
 
 def kept(folder):
     """The contents of all files below a folder, by name."""
-    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    paths = Path(folder).rglob("*")
+    return {path: path.read_bytes() for path in paths if path.is_file()}
 
 
 def spawn(f, *args, n=1):
@@ -1346,7 +1347,8 @@ class Mistakes(Case):
             bad.append({"args": run["args"] | row})
         for v in (None, w[:1], w * nan):
             bad.append({"net": run["net"] | {"conv_in.weight": v}})
-        files = [raw[: len(raw) // 2], raw[:1000] + raw[1200:]]
+        half = len(raw) // 2
+        files = [raw[:half], raw[:1000] + raw[1200:]]
         for row in bad:
             torch.save(run | row, file)
             files.append(file.read_bytes())
@@ -1390,7 +1392,8 @@ class Mistakes(Case):
 class DataSets(Case):
     def setUp(self):
         super().setUp()
-        images, labels = randint(5, (10, 8, 8)), randint(5, (10,))
+        images = randint(5, (10, 8, 8))
+        labels = randint(5, (10,))
         self.arrays = images[:, None], labels
         parts = images[:6], labels[:6], images[6:], labels[6:]
         self.raw = [idx(part) for part in parts]
@@ -1525,7 +1528,8 @@ def conv_run(out, *argv, loss=conv_loss):
     """common.train() of a convolution on 50 small images: (average, args, images)."""
     argv = ["--out", out, "--lr", 0.01, "--ema", 0.8, "--batch-size", 8, *argv]
     argv += ["--precision", "fp32", "--device", "cpu"]
-    args, run = common.start(common.arguments(""), KIND, "conv", list(map(str, argv)))
+    argv = list(map(str, argv))
+    args, run = common.start(common.arguments(""), KIND, "conv", argv)
     args.shape, args.n_classes = [1, 4, 4], 0
     images = arange(800).view(50, 1, 4, 4).remainder(251).byte()
     net = KIND["conv"][1](args)
@@ -1637,7 +1641,8 @@ class Training(Case):
             near(turned - turned.diag().diag(), 0, 1e-4)
 
     def test_training_waits_for_the_device_only_to_log(self):
-        table, adam = ddpm.schedule("cosine", 9).to("meta"), torch.optim.Adam
+        table = ddpm.schedule("cosine", 9).to("meta")
+        adam = torch.optim.Adam
         argv = *SMALL, "--out", self.out, "--device", "meta", "--precision", "fp32"
         args, _ = common.start(common.arguments(""), {}, "x", [*map(str, argv)])
         args.shape, args.n_classes = [1, 8, 8], 3
@@ -1772,7 +1777,7 @@ class Network(Case):
     def test_shapes_zero_start_and_bfloat16(self):
         x, noise = randn(3, 2, 8, 16), randn(3)
         for patch in (1, 4):
-            near(common.UNet(2, 16, patch)(x, noise))
+            near(common.UNet(2, 16, patch)(x, noise), 0)
             net = shaken(common.UNet(2, 16, patch, out=5))
             y = net(x, noise)
             assert y.shape == (3, 5, 8, 16)
@@ -1938,10 +1943,10 @@ class Pages(Case):
 def frechet(a, b):
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of the rows of a and of b, the
     squared Frechet distance of normal distributions (Heusel et al. 2017, eq. 6)."""
-    m, n = a.double().mean(0), b.double().mean(0)
-    A, B = a.double().T.cov(), b.double().T.cov()
+    A = a.double().T.cov()
+    B = b.double().T.cov()
     cross = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
-    means = (m - n).square().sum()
+    means = (a.double().mean(0) - b.double().mean(0)).square().sum()
     return (means + A.trace() + B.trace() - 2 * cross).item()
 
 
@@ -1976,8 +1981,8 @@ def classifier(name, data_dir):
     images, labels = load_images(name, "train", data_dir)
     layers, c = [], images.shape[1]
     for width in (32, 64, 128):
-        layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-        layers.append(nn.MaxPool2d(2))
+        layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
         c = width
     layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     layers += [nn.Linear(4 * c, 128), nn.ReLU()]
@@ -2028,11 +2033,14 @@ def judge(x, asked, name, data_dir):
     """
     images, _ = load_images(name, "train", data_dir)
     test, _ = load_images(name, "test", data_dir)
-    net, N = classifier(name, data_dir), len(x)
-    (f, p), (real, _) = features(net, x), features(net, test)
+    net = classifier(name, data_dir)
+    N = len(x)
+    f, p = features(net, x)
+    real, _ = features(net, test)
     torch.manual_seed(0)
     some = images[torch.randperm(len(images))[: 10 * N]]
-    sets = [part for part in features(net, some)[0].split(N) if len(part) == N]
+    drawn, _ = features(net, some)
+    sets = [part for part in drawn.split(N) if len(part) == N]
     floor = sum(frechet(part, real) for part in sets) / len(sets)
     distance = frechet(f, real)
     row = {"N": N, "frechet": distance, "floor": floor, "ratio": distance / floor}
