@@ -569,12 +569,12 @@ class Bound(Case):
         abar = ddpm.schedule("cosine", 30)
         x0 = (0.2 + 0.1 * randn(160_000, 1)).clamp(-1, 1)
         net = spy(twice(exact(0.2, 0.1, abar)))
-        full = rand(30, 10) + torch.linspace(3, 0.1, 30)[:, None]
-        missing = full.clone()
+        whole = rand(30, 10) + torch.linspace(3, 0.1, 30)[:, None]
+        missing = whole.clone()
         missing[3, 0] = inf  # one is missing: uniform
-        weights = full.square().mean(1).sqrt()
+        weights = whole.square().mean(1).sqrt()
         losses = []
-        for history, p in ((full, weights), (missing, ones(30))):
+        for history, p in ((whole, weights), (missing, ones(30))):
             before = history.clone()
             losses.append(ddpm.vlb_loss(net, x0, abar, history))
             counts = net.call_args.args[1].bincount(minlength=31)[1:]
@@ -1776,9 +1776,9 @@ class Runs(Case):
 class Network(Case):
     def test_shapes_zero_start_and_bfloat16(self):
         x, noise = randn(3, 2, 8, 16), randn(3)
-        for patch in (1, 4):
-            near(common.UNet(2, 16, patch)(x, noise), 0)
-            net = shaken(common.UNet(2, 16, patch, out=5))
+        for size in (1, 4):
+            near(common.UNet(2, 16, size)(x, noise), 0)
+            net = shaken(common.UNet(2, 16, size, out=5))
             y = net(x, noise)
             assert y.shape == (3, 5, 8, 16)
             net.dtype = torch.bfloat16
