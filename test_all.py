@@ -1385,6 +1385,12 @@ class Mistakes(Case):
         runs(*flags, tilde, "--overwrite", "--seed", 1)
         assert kept(tilde) != before
 
+    def test_defaults(self):
+        for name, steps in (("digits", 2000), ("mnist", 6000)):
+            argv = "--dataset", name, "--device", "cpu", "--out", str(self.out)
+            args, _ = common.start(ddpm.flags(), ddpm.KIND, "ddpm", argv)
+            assert (args.steps, args.batch_size, args.width) == (steps, 32, 32)
+
 
 class DataSets(Case):
     def setUp(self):
