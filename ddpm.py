@@ -227,7 +227,7 @@ def reverse_variance(kind, abar_t, abar_s, raw=None, gamma=None, beta_tilde=None
     learned: improved DDPM, eq. (15), with v = (raw + 1) / 2 as in its code. analytic:
     beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), by gamma of
     second_moment (Analytic-DPM, Theorem 1), Cov in the bounds of its eqs. (11), (12);
-    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: for one that is 0.
+    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: where it is 0.
     """
     beta = 1 - abar_t / abar_s
     if beta_tilde is None:
@@ -239,7 +239,7 @@ def reverse_variance(kind, abar_t, abar_s, raw=None, gamma=None, beta_tilde=None
     if kind == "analytic":
         cov = ((1 - abar_t) / abar_t * (1 - gamma)).clamp(1e-8, 1)  # eqs. (11), (12)
         more = abar_s * (beta / (1 - abar_t)) ** 2 * cov
-        return (1 - abar_s) / (1 - abar_t) * beta + more  # at t = 1 without beta~_2
+        return beta_tilde + more
     v = (raw + 1) / 2
     return (v * beta.log() + (1 - v) * beta_tilde.log()).exp()  # eq. (15)
 
@@ -279,8 +279,7 @@ def bound_term(out, x0, x_t, t, abar, predict, variance, gamma=None, clip=False)
     """(L_{t-1} in bits/dim (B,), predicted x_0); t (B,), out = net(x_t, t), eq. (5).
 
     KL(q(x_{t-1} | x_t, x_0) || p_theta); for t = 1 the decoder, eq. (13). beta~_1 = 0
-    is taken as beta~_2, not so by "analytic" (its authors do, and DDPM's even in L_0 of
-    "beta": 0.4 bits more).
+    is taken as beta~_2; the authors' code does so in L_0 for "beta" too: 0.4 bits more.
     clip: x_0 to [-1, 1] for t > 1 (the decoder's outer bins are open). In abar's type.
     """
     C = x0.shape[1]

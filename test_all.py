@@ -108,6 +108,11 @@ def mistake(words, module, *argv):
     assert words in err, f"{words} is not in {err}"
 
 
+def coded(text):
+    """How far from its images what was coded and drawn back is, in grey levels."""
+    return float(re.search("back: (.*) grey", text)[1])
+
+
 def small_digits(split, colour=False):
     """A stand-in for draw_digits: 64 random images, 8 x 8, in ten classes."""
     rng = np.random.default_rng(split == "test")
@@ -449,6 +454,11 @@ class Diffusion(Case):
             refuses(words, ddpm.ancestral, *args, error=ValueError)
             refuses(words, ddpm.ddim, *args, 0.5, error=ValueError)
 
+    def test_interpolation_codes_images_and_draws_them_back(self):
+        run = self.tiny(ddpm, "--T", 300)
+        text = runs(ddpm, "--sample-only", "--out", run, "--interpolate")
+        assert coded(text) < 2
+
     def test_predictor(self):
         x, eps = randn(2, 20, 1, 2, 2)
         a = ABAR[400].sqrt()
@@ -486,6 +496,8 @@ class Bound(Case):
         x0 = data(20_000, 1)
         found = ddpm.second_moment(plain(exact()), x0, ABAR, [400, 0])
         near(found[400] / gamma()[400], 1, 0.045)  # 4.5 standard errors
+        found = ddpm.second_moment(lambda x, t: t * x, 0 * x0, ABAR, [2])
+        near(found[2] / (1 - ABAR[2]), 4, 0.18)
 
     def test_log_decoder_is_a_distribution(self):
         values = arange(256).double() / 127.5 - 1
@@ -507,13 +519,17 @@ class Bound(Case):
         tilde[0] = tilde[1]
         root = (beta * tilde).sqrt()
         variances = {"beta": beta, "beta-tilde": tilde, "learned": root}
+        more = 0.3 * abar[:-1] * (beta / (1 - abar[1:])) ** 2  # a covariance of 0.3
+        variances["analytic"] = tilde + more
+        gamma = 1 - 0.3 * abar / (1 - abar)
         x0 = rand(5, 1).double() * 2 - 1
         for kind, t in product(variances, (1, 2, 3, 4)):
             eps = randn(5, 1).double()
             out = cat([eps, 0 * eps], 1)
             x_t = abar[t].sqrt() * x0 + (1 - abar[t]).sqrt() * eps
             steps = full((5,), t)
-            l, x0_hat = ddpm.bound_term(out, x0, x_t, steps, abar, "eps", kind)
+            options = abar, "eps", kind, gamma
+            l, x0_hat = ddpm.bound_term(out, x0, x_t, steps, *options)
             q = tilde[t - 1]
             p = variances[kind][t - 1]
             exactly = ((p / q).log() + q / p - 1).expand(5) / 2
@@ -867,7 +883,8 @@ class SDEs(Case):
         guided = f"heun --guidance=2 --guide={judge} --label=3"
         for flags in ("ode --tol=0.1", "pc --sde=vp", guided):
             runs(sde, *draw, "--sampler", *flags.split())
-        runs(sde, *draw, "--interpolate", "--tol=0.1")
+        text = runs(sde, *draw, "--interpolate", "--tol=1e-3")
+        assert coded(text) < 1
         names = {path.stem for path in out.glob("*.png")}
         wanted = {"samples", "samples-ode", "samples-vp-pc", "samples-w2"}
         assert {*wanted, "interpolate"} <= names
