@@ -544,7 +544,8 @@ def draws(s, n):
     tau = ddpm.subsequence(200, n)
     vp = sde.VP(1e-3)
     f = partial(s_sde, s, vp)
-    ts = sde.times(vp, n - 1)
+    ts = sde.times(vp, n - 1, "edm")
+    fewer = sde.times(vp, n // 2, "angle")
     ladder = geometric_sigmas(5, 0.01, n // 2)
     z = partial(torch.randn, 4000, 2)
     return {
@@ -554,7 +555,7 @@ def draws(s, n):
         "DDIM": ddpm.ddim(eps, z(), abar, tau),
         "Euler-Maruyama": sde.em(f, vp, z(), ts),
         "reverse diffusion": sde.reverse(f, vp, z(), ts),
-        "predictor-corrector": sde.pc_vp(f, vp, z(), sde.times(vp, n // 2)),
+        "predictor-corrector": sde.pc_vp(f, vp, z(), fewer),
     }
 
 
