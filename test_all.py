@@ -883,7 +883,7 @@ class SDEs(Case):
         guided = f"heun --guidance=2 --guide={judge} --label=3"
         for flags in ("ode --tol=0.1", "pc --sde=vp", guided):
             runs(sde, *draw, "--sampler", *flags.split())
-        text = runs(sde, *draw, "--interpolate", "--tol=1e-2")
+        text = runs(sde, *draw, "--interpolate", "--tol=1e-3")
         assert coded(text) < 1
         names = {path.stem for path in out.glob("*.png")}
         wanted = {"samples", "samples-ode", "samples-vp-pc", "samples-w2"}
