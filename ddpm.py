@@ -227,7 +227,7 @@ def reverse_variance(kind, abar_t, abar_s, raw=None, gamma=None, beta_tilde=None
     learned: improved DDPM, eq. (15), with v = (raw + 1) / 2 as in its code. analytic:
     beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), by gamma of
     second_moment (Analytic-DPM, Theorem 1), Cov in the bounds of its eqs. (11), (12);
-    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: where it is 0.
+    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: in place of 0.
     """
     beta = 1 - abar_t / abar_s
     if beta_tilde is None:
