@@ -65,24 +65,17 @@ def say(text):
 @contextlib.contextmanager
 def aside(path):
     """Open a file beside PATH, and rename it to PATH in the end: never half a file."""
-    path = Path(path)
-    part = Path(f"{path}.{os.getpid()}.part")
+    part = Path(f"{path}.{rank()}.part")  # of a killed process: written over
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for old in path.parent.glob(f"{path.name}.*.part"):
-            process = Path("/proc", old.suffixes[-2][1:])
-            if Path("/proc/self").exists() and not process.exists():  # it is dead
-                old.unlink()
+        part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
         part.replace(path)
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror or e})") from e
     finally:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            part.unlink()
 
 
 def save_csv(path, header, rows):
@@ -170,12 +163,6 @@ MIRRORS = {  # the second address is tried where the first fails
 }
 SETS = ["digits", "colour-digits", *MIRRORS]
 TORCHVISION = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
-IDX = {
-    ("train", "images"): "train-images-idx3-ubyte",
-    ("train", "labels"): "train-labels-idx1-ubyte",
-    ("test", "images"): "t10k-images-idx3-ubyte",
-    ("test", "labels"): "t10k-labels-idx1-ubyte",
-}
 SHA256 = {  # of the files, decompressed
     "mnist/train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "mnist/train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -190,6 +177,11 @@ CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, as published
 PICTURES = ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .tga"
 
 
+def is_folder(name):
+    """Whether a data set is a folder of pictures, which has no test images."""
+    return name not in SETS and not any(Path(name).glob("*images?idx3*"))
+
+
 def load_images(name, split="train", data_dir="data", size=None):
     """uint8 images (N, C, H, W), int64 labels (N,) or None, of a set or a folder.
 
@@ -201,7 +193,7 @@ def load_images(name, split="train", data_dir="data", size=None):
         images, labels = draw_digits(split, colour=name == "colour-digits")
     elif name == "cifar10":
         images, labels = read_cifar10(Path(data_dir, name), split)
-    elif name in MIRRORS or any(Path(name).glob("*images?idx3*")):
+    elif not is_folder(name):
         images = read_idx(name, split, "images", data_dir)[:, None]
         labels = read_idx(name, split, "labels", data_dir).long()
     elif split == "test":
@@ -272,17 +264,19 @@ def download(path, name, right):
 
 def read_idx(name, split, kind, data_dir):
     """The bytes of an IDX file, images (N, H, W) or labels (N,), of a set or folder."""
-    stem = IDX[split, kind]
-    folders, patterns = [Path(name)], [f"*train-{kind}?idx*"]
-    if split == "test":
-        patterns = [f"*t10k-{kind}?idx*", f"*test-{kind}?idx*"]
+    ndim = 3 if kind == "images" else 1
+    parts = ["train"] if split == "train" else ["t10k", "test"]
+    stem = f"{parts[0]}-{kind}-idx{ndim}-ubyte"
+    folders = [Path(name)]
     if name in MIRRORS:
         folders = [Path(data_dir, name), Path(data_dir, TORCHVISION[name])]
-        patterns = [stem.replace("-idx", "?idx"), stem.replace("-idx", "?idx") + ".gz"]
+    patterns = [
+        f"*{part}-{kind}?idx{ndim}?ubyte{z}" for part in parts for z in ("", ".gz")
+    ]
     paths = [p for f in folders for pattern in patterns for p in f.glob(pattern)]
+    wanted = SHA256.get(f"{name}/{stem}")  # None: of your own
 
     def right(raw):
-        wanted = SHA256.get(f"{name}/{stem}")  # None: of your own
         return wanted in (None, hashlib.sha256(unzipped(raw)).hexdigest())
 
     if not paths and name in MIRRORS:
@@ -290,18 +284,18 @@ def read_idx(name, split, kind, data_dir):
         download(paths[0], name, right)
     if len({p.name.removesuffix(".gz") for p in paths}) != 1:
         raise UserError(f"{name} has {len(paths)} files like {stem}: leave one")
-    path = paths[0]
-    raw = path.read_bytes()
+    raw = paths[0].read_bytes()
     if not right(raw):
-        cure = f"move it away, or read files of your own with --dataset {path.parent}"
-        raise UserError(f"{path} is damaged, or not the {stem} of {name}: {cure}")
+        cure = (
+            f"move it away, or read files of your own with --dataset {paths[0].parent}"
+        )
+        raise UserError(f"{paths[0]} is damaged, or not the {stem} of {name}: {cure}")
     raw = unzipped(raw)
-    ndim = 3 if kind == "images" else 1
     head = raw[: 4 + 4 * ndim].ljust(4 + 4 * ndim)
     shape = np.frombuffer(head[4:], ">u4").tolist()
     data = np.frombuffer(raw[len(head) :], np.uint8)
     if head[:4] != bytes([0, 0, 8, ndim]) or math.prod(shape) != len(data):
-        raise UserError(f"{path} is damaged, or no IDX file of {ndim} dimensions")
+        raise UserError(f"{paths[0]} is damaged, or no IDX file of {ndim} dimensions")
     return torch.tensor(data.reshape(shape))
 
 
@@ -329,27 +323,24 @@ def read_picture(path, size=None):
 
     size: cropped to a square. UserError names a picture that cannot be read.
     """
+    pages = []
     try:
         with Image.open(path) as im:
-            return [read_page(page, size) for page in ImageSequence.Iterator(im)]
+            for page in ImageSequence.Iterator(im):
+                W, H = page.size
+                if not size and W * H > 512 * 512:
+                    raise ValueError(f"{W} x {H} is large: give --size, say 32")
+                if page.mode[0] in "FI":
+                    raise ValueError("its values are larger than bytes: save 8 bits")
+                page = ImageOps.exif_transpose(page).convert("RGBA")
+                white = Image.new("RGBA", page.size, "white")
+                page = Image.alpha_composite(white, page).convert("RGB")
+                if size:
+                    page = ImageOps.fit(page, (size, size), Image.Resampling.LANCZOS)
+                pages.append(np.asarray(page))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UserError(f"cannot read {path} ({e})") from e
-
-
-def read_page(page, size):
-    """One page of read_picture."""
-    if not size and page.width * page.height > 512 * 512:
-        raise ValueError(f"{page.width} x {page.height} is large: give --size, say 32")
-    page = ImageOps.exif_transpose(page)
-    if page.mode[0] in "FI":
-        raise ValueError("its values are not bytes but larger: save it with 8 bits")
-    if page.has_transparency_data:
-        white = Image.new("RGBA", page.size, "white")
-        page = Image.alpha_composite(white, page.convert("RGBA"))
-    page = page.convert("RGB")
-    if size:
-        page = ImageOps.fit(page, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(page)
+    return pages
 
 
 def as_images(pages):
@@ -360,47 +351,43 @@ def as_images(pages):
     return images.contiguous()
 
 
-def picture_files(folder):
-    """(paths of the pictures below a folder, Counter of the suffixes passed over).
+def files_below(folder):
+    """Paths of the files below a folder, sorted, each once, also behind links.
 
-    Links are followed; hidden files, __MACOSX and folders of a run are not looked into.
+    Hidden files, __MACOSX and folders of a run are passed over.
     """
-    paths, others = [], Counter()
+    seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        above = os.path.realpath(os.path.dirname(parent))
-        back = Path(above).is_relative_to(os.path.realpath(parent))  # a link up
-        if is_run(parent) or back and parent != str(folder):
+        real = os.path.realpath(parent)
+        if real in seen or is_run(parent):
             folders.clear()
             continue
+        seen.add(real)
         folders[:] = [d for d in sorted(folders) if d[0] != "." and d != "__MACOSX"]
-        for path in [Path(parent, f) for f in sorted(files) if f[0] != "."]:
-            if path.suffix and path.suffix.lower() in PICTURES.split():
-                paths.append(path)
-            else:
-                others[path.suffix or path.name] += 1
-    return paths, others
+        yield from [Path(parent, f) for f in sorted(files) if f[0] != "."]
 
 
 def read_folder(folder, size=None):
     """(images, labels, note) of a folder of pictures; sub-folders are the classes."""
     if not folder.is_dir():
         raise UserError(f"--dataset {folder} is neither a folder nor {', '.join(SETS)}")
-    paths, others = picture_files(folder)
-    pages, names = [], []
-    for path in paths:
+    pages, classes, skipped = [], [], Counter()
+    for path in files_below(folder):
+        if path.suffix.lower() not in PICTURES.split():
+            skipped[path.suffix or path.name] += 1
+            continue
         new = read_picture(path, size)
         pages += new
-        names += [path] * len(new)
-        if new[0].shape[:2] != pages[0].shape[:2]:
-            raise UserError(f"{path} is not of the size of {names[0]}: give --size 32")
+        classes += [path.relative_to(folder).parts[:-1][:1]] * len(new)
+        if new[0].shape != pages[0].shape:
+            raise UserError(f"{path} is not of the size of the others: give --size 32")
     if not pages:
         raise UserError(f"{folder} holds no picture: {PICTURES}")
-    labels, inside = None, [path.relative_to(folder).parts for path in names]
-    if all(len(parts) > 1 for parts in inside):
-        classes = sorted({parts[0] for parts in inside})
-        labels = torch.tensor([classes.index(parts[0]) for parts in inside])
-    skipped = ", ".join(f"{n} {suffix}" for suffix, n in others.items())
-    return as_images(pages), labels, f"; skipped {skipped}" if skipped else ""
+    labels, names = None, sorted(set(classes))
+    if all(names):
+        labels = torch.tensor([names.index(name) for name in classes])
+    note = ", ".join(f"{n} {suffix}" for suffix, n in skipped.items())
+    return as_images(pages), labels, note and f"; skipped {note}"
 
 
 # -------------------------------------------------------------------------- the network
@@ -637,12 +624,6 @@ def arguments(doc):
     return p
 
 
-def remembered(parser):
-    """The flags that a checkpoint keeps, as {name: "--flag"}."""
-    actions = parser.kept._group_actions + parser.settled._group_actions
-    return {action.dest: action.option_strings[0] for action in actions}
-
-
 def start(parser, kinds, script, argv=None):
     """(args, run): the flags, and with --resume or --sample-only the checkpoint in OUT,
     whose settings win. Joins the processes of torchrun. UserError for contradictions.
@@ -652,18 +633,21 @@ def start(parser, kinds, script, argv=None):
     out = args.out
     if args.resume or args.sample_only:
         run = load_checkpoint(out, kinds)
-        parser.set_defaults(**vars(run.args), out=out)
+        parser.set_defaults(**vars(run.args) | {"out": out})
         args = parser.parse_args(argv)
         for action in parser.settled._group_actions:
             value, flag = getattr(run.args, action.dest), action.option_strings[0]
             if getattr(args, action.dest) != value:
                 raise UserError(f"{flag} is {value} in {out}/ckpt.pt: drop the flag")
-    elif is_run(out) and not args.overwrite:
-        cures = "--resume goes on, --sample-only draws, --overwrite starts anew"
-        raise UserError(f"{out} holds a run: {cures}, or name another --out")
-    elif not is_run(out) and not is_free(Path(out)):
+    elif is_run(out):
+        if not args.overwrite:
+            cures = "--resume goes on, --sample-only draws, --overwrite starts anew"
+            raise UserError(f"{out} holds a run: {cures}, or name another --out")
+    elif os.path.exists(out) and (os.path.isfile(out) or os.listdir(out)):
         raise UserError(f"{out} holds no run but files of yours: name another --out")
-    args.script, args.remembered = script, [*remembered(parser), "shape", "n_classes"]
+    args.script = script
+    actions = parser.kept._group_actions + parser.settled._group_actions
+    args.remembered = {action.dest: action.option_strings[0] for action in actions}
     for name, (cpu, cuda) in BY_DEVICE.items():
         if getattr(args, name) is None:
             setattr(args, name, cuda if "cuda" in args.device else cpu)
@@ -717,12 +701,8 @@ def training_data(args, run):
 
 def test_images(args, or_training=False):
     """The test images of a run's data set, or of a folder, if allowed, the others."""
-    try:
-        images, _ = load_images(args.dataset, "test", args.data_dir, args.size)
-    except UserError:
-        if not or_training:
-            raise
-        images, _ = load_images(args.dataset, "train", args.data_dir, args.size)
+    split = "train" if or_training and is_folder(args.dataset) else "test"
+    images, _ = load_images(args.dataset, split, args.data_dir, args.size)
     if list(images.shape[1:]) != args.shape or len(images) < 2:
         raise UserError(f"--dataset {args.dataset} is not of the run's {args.shape}")
     return images
@@ -753,20 +733,14 @@ def is_run(folder):
     return False
 
 
-def is_free(out):
-    """Whether nothing is at the path, or an empty folder."""
-    return not out.exists() or out.is_dir() and not any(out.iterdir())
-
-
 def claim(args):
     """Begin OUT/log.csv, by which all others know that the folder holds a run."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     if args.overwrite:
-        for name in ("log.csv", "ckpt.pt"):
-            (out / name).unlink(missing_ok=True)
+        (out / "ckpt.pt").unlink(missing_ok=True)
     try:
-        with open(out / "log.csv", "x") as f:
+        with open(out / "log.csv", "w" if args.overwrite else "x") as f:
             f.write(",".join(LOG) + "\n")
     except FileExistsError as e:
         raise UserError(f"another process began {out}: name another --out") from e
@@ -790,38 +764,24 @@ def load_checkpoint(folder, kinds):
         raise UserError(f"{path} was made by {script}, not by {' or '.join(kinds)}")
     flags, network = kinds[script]
     try:
-        args = checked_settings(flags(), saved["args"])
+        args = flags().parse_args([str(word) for word in saved["argv"]])
+        args.shape, args.n_classes = (
+            [int(v) for v in saved["shape"]],
+            saved["n_classes"],
+        )
         net = network(args).eval().requires_grad_(False)
         for name in ("net", "ema"):
             net.load_state_dict(saved[name])
             if not all(p.isfinite().all() for p in net.parameters()):
                 raise ValueError("its weights are not finite")
         rows = [[float(v) for v in row] for row in saved["rows"]]
-        step = saved["step"]
-        if type(step) is not int or step < 0 or {len(row) for row in rows} - {len(LOG)}:
+        step = range(10**9).index(saved["step"])  # or an error
+        if {len(row) for row in rows} != {len(LOG)}:
             raise ValueError("its log")
     except (UserError, *DAMAGE) as e:
         raise UserError(f"{path} is damaged or of another version: {e}") from e
     fields = {"script": script, "args": args, "step": step, "rows": rows}
     return SimpleNamespace(**fields, saved=saved, net=net)
-
-
-def checked_settings(parser, saved):
-    """The settings in a checkpoint, each through argparse's checks again."""
-    argv = []
-    for name, flag in remembered(parser).items():
-        value = saved[name]
-        if value is not None and value is not False:
-            argv.append(flag if value is True else f"{flag}={value}")
-    args = parser.parse_args(argv)
-    for name in remembered(parser):
-        if getattr(args, name) != saved[name]:
-            raise ValueError(f"its {name}")
-    args.shape, args.n_classes = list(saved["shape"]), saved["n_classes"]
-    sizes = [*args.shape, args.n_classes + 1]
-    if len(sizes) != 4 or not all(type(v) is int and 0 < v < 10**5 for v in sizes):
-        raise ValueError("the shape of its images")
-    return argparse.Namespace(**{name: getattr(args, name) for name in saved})
 
 
 def has_bf16(device):
@@ -1013,10 +973,15 @@ def write_log(out, rows):
 
 
 def save_checkpoint(args, rows, net, ema, opts, extra):
-    """Write OUT/ckpt.pt, all or nothing."""
-    settings = {name: getattr(args, name) for name in args.remembered}
-    what = {"script": args.script, "args": settings, "step": rows[-1][0], "rows": rows}
-    what |= {"net": net.state_dict(), "ema": ema.state_dict(), "extra": list(extra)}
+    """Write OUT/ckpt.pt, all or nothing; .argv are its settings as a command line."""
+    argv = []
+    for name, flag in args.remembered.items():
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            argv.append(flag if value is True else f"{flag}={value}")
+    what = {"script": args.script, "argv": argv, "step": rows[-1][0], "rows": rows}
+    what |= {"shape": args.shape, "n_classes": args.n_classes, "extra": list(extra)}
+    what |= {"net": net.state_dict(), "ema": ema.state_dict()}
     what["opts"] = [opt.state_dict() for opt in opts]
     buffer = io.BytesIO()
     torch.save(what, buffer)
@@ -1165,18 +1130,18 @@ COLORS = ["#2563eb", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b
 class Axis:
     """A range of numbers, on a log axis or not: at(v) goes from 0 to 1."""
 
-    def __init__(self, values, log=False):
+    def __init__(self, values, log):
         self.scale = math.log10 if log else float
         known = [self.scale(v) for v in values if self.holds(v)] or [0.0, 1.0]
         room = 0.04 * (max(known) - min(known)) or 0.5 + abs(known[0]) / 2
         self.low, self.high = min(known) - room, max(known) + room
-        width = self.high - self.low
-        power = 10.0 ** math.floor(math.log10(width))
-        step = next(k * power for k in (0.2, 0.5, 1, 2) if width / (k * power) <= 7)
+        power = 10.0 ** math.floor(math.log10(self.high - self.low))
+        steps = [k * power for k in (0.2, 0.5, 1, 2)]
+        step = next(k for k in steps if self.high - self.low <= 7 * k)
         step = max(1, round(step)) if log else step
-        ends = math.ceil(self.low / step), math.floor(self.high / step)
-        at = [k * step for k in range(ends[0], ends[1] + 1)]
-        self.marks = [10**v for v in at] if log else at
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        marks = [k * step for k in range(first, last + 1)]
+        self.marks = [10**v for v in marks] if log else marks
 
     def holds(self, v):
         return abs(v) < 1e30 and (v > 0 or self.scale is float)
@@ -1191,16 +1156,16 @@ class Panel:
     xs, ys: values that must be visible; right: room for the legend, in pixels.
     """
 
-    def __init__(self, xs, ys, xlabel="", ylabel="", title="", right=170, **log):
+    def __init__(
+        self, xs, ys, xlabel="", ylabel="", title="", right=170, logx=False, logy=False
+    ):
         W, H = 1440, 900  # twice the size of sheet(), whose lines are smooth
-        self.x = Axis(xs, log.get("logx", False))
-        self.y = Axis(ys, log.get("logy", False))
-        self.box = 150, 80, W - 2 * right, H - 110  # left, top, right, bottom
+        self.x, self.y = Axis(xs, logx), Axis(ys, logy)
+        self.box = left, top, right, bottom = 150, 80, W - 2 * right, H - 110
         self.font = ImageFont.load_default(26)
         self.picture = Image.new("RGB", (W, H), "white")
         self.draw = ImageDraw.Draw(self.picture)
         self.labels = []
-        left, top, right, bottom = self.box
         for v in self.x.marks:
             x = left + self.x.at(v) * (right - left)
             self.draw.line([x, top, x, bottom], "#e5e7eb", 2)
@@ -1230,22 +1195,24 @@ class Panel:
         if label and label not in self.labels:
             self.labels.append(label)
             x, y = self.box[2] + 30, self.box[1] + 40 * len(self.labels) - 20
-            color = COLORS[(len(self.labels) - 1) % len(COLORS)]
-            self.draw.ellipse([x - 9, y - 9, x + 9, y + 9], color)
+            self.disc(x, y, 9, self.color(label))
             self.text((x + 24, y), label, "lm")
         return COLORS[self.labels.index(label) % len(COLORS) if label else 0]
 
+    def disc(self, x, y, radius, color):
+        self.draw.ellipse([x - radius, y - radius, x + radius, y + radius], color)
+
     def line(self, points, label=None):
         """A line through the points (x, y)."""
-        color, path = self.color(label), list(self.pixels(points))
-        if path:
-            self.draw.line(path, color, 5, joint="curve")
+        self.draw.line(
+            [*self.pixels(points)] or [(0, 0)], self.color(label), 5, "curve"
+        )
 
     def dots(self, points, label=None, radius=7):
         """Dots at the points (x, y), or (x, y, error) with bars."""
         color = self.color(label)
         for x, y in self.pixels(points):
-            self.draw.ellipse([x - radius, y - radius, x + radius, y + radius], color)
+            self.disc(x, y, radius, color)
         for x, y, *error in points:
             for e in error:
                 bar = list(self.pixels([(x, y - e), (x, y), (x, y + e)]))

@@ -295,7 +295,7 @@ def pictures(args, run):
     if args.image:
         return torch.cat([own(f, size, *run.args.shape) for f in args.image]), []
     name = args.dataset or run.args.dataset
-    folder = name not in common.SETS and not any(Path(name).glob("*images?idx3*"))
+    folder = common.is_folder(name)
     split = "train" if folder else "test"
     data_dir = args.data_dir or run.args.data_dir
     images, labels = common.load_images(name, split, data_dir, size)
