@@ -789,7 +789,8 @@ def has_bf16(device):
     if "cuda" in str(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(cpu.get("amx_bf16"))  # avx512_bf16 alone is slower than float32
+    amd = "AMD" in cpu.get("cpu_name", "")  # Intel's avx512_bf16 is slower than float32
+    return bool(cpu.get("amx_bf16") or amd and cpu.get("avx512_bf16"))
 
 
 def prepare(net, args):
