@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class UserError(Exception):
@@ -81,8 +82,7 @@ def aside(path):
 def save_csv(path, header, rows):
     """Write rows of numbers under their names, all or nothing."""
     with aside(path) as f:
-        lines = [header, *[[f"{v:.8g}" for v in row] for row in rows]]
-        f.write("".join(",".join(line) + "\n" for line in lines).encode())
+        np.savetxt(f, [*rows], "%.8g", ",", header=",".join(header), comments="")
 
 
 # ---------------------------------------------------------------------- noise schedules
@@ -270,10 +270,8 @@ def read_idx(name, split, kind, data_dir):
     folders = [Path(name)]
     if name in MIRRORS:
         folders = [Path(data_dir, name), Path(data_dir, TORCHVISION[name])]
-    patterns = [
-        f"*{part}-{kind}?idx{ndim}?ubyte{z}" for part in parts for z in ("", ".gz")
-    ]
-    paths = [p for f in folders for pattern in patterns for p in f.glob(pattern)]
+    ends = [f"{part}-{kind}?idx{ndim}?ubyte{z}" for part in parts for z in ("", ".gz")]
+    paths = [p for f in folders for end in ends for p in f.glob(f"*{end}")]
     wanted = SHA256.get(f"{name}/{stem}")  # None: of your own
 
     def right(raw):
@@ -283,12 +281,10 @@ def read_idx(name, split, kind, data_dir):
         paths = [folders[0] / f"{stem}.gz"]
         download(paths[0], name, right)
     if len({p.name.removesuffix(".gz") for p in paths}) != 1:
-        raise UserError(f"{name} has {len(paths)} files like {stem}: leave one")
+        raise UserError(f"{name} has {len(paths)} files like {stem}, not one")
     raw = paths[0].read_bytes()
     if not right(raw):
-        cure = (
-            f"move it away, or read files of your own with --dataset {paths[0].parent}"
-        )
+        cure = f"move it away, or say that it is yours: --dataset {paths[0].parent}"
         raise UserError(f"{paths[0]} is damaged, or not the {stem} of {name}: {cure}")
     raw = unzipped(raw)
     head = raw[: 4 + 4 * ndim].ljust(4 + 4 * ndim)
@@ -338,7 +334,7 @@ def read_picture(path, size=None):
                 if size:
                     page = ImageOps.fit(page, (size, size), Image.Resampling.LANCZOS)
                 pages.append(np.asarray(page))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # a damaged picture raises any of half a dozen types
         raise UserError(f"cannot read {path} ({e})") from e
     return pages
 
@@ -379,7 +375,7 @@ def read_folder(folder, size=None):
         new = read_picture(path, size)
         pages += new
         classes += [path.relative_to(folder).parts[:-1][:1]] * len(new)
-        if new[0].shape != pages[0].shape:
+        if any(page.shape != pages[0].shape for page in new):
             raise UserError(f"{path} is not of the size of the others: give --size 32")
     if not pages:
         raise UserError(f"{folder} holds no picture: {PICTURES}")
@@ -447,10 +443,11 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """net(x, noise, label=None): x (B, C, H, W); noise (B,), log sigma or t; label (B,)
+    """net(x, noise, label=None): x (B, C, H, W); noise (B,), log sigma or t; label (B,).
 
-    where -1, or None, is "no class". 0 before training. Float32 like x; .dtype bfloat16
-    multiplies in bfloat16. patch: pixels squared seen as one; out: channels returned.
+    The label -1, or None, is "no class". Returns 0 before training, float32 like x;
+    with .dtype = torch.bfloat16 it multiplies in bfloat16. mult: widths of the levels
+    over width; patch: pixels squared seen as one; out: channels returned, or 0: as x.
     """
 
     def __init__(
@@ -564,8 +561,8 @@ def path(text):
 def device(text):
     """An argparse type: a device that can be used here."""
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as e:
+        torch.empty(0, dtype=torch.float64, device=text)  # mps has none
+    except (RuntimeError, AssertionError, TypeError) as e:
         why = str(e).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text} cannot be used here ({why})") from e
     return text
@@ -574,8 +571,8 @@ def device(text):
 COUNT = number(int, 1)
 SCALE = number(float, 1e-9)
 SHARE = number(float, 0, 0.999999)
+WEIGHT = number(float, 0)
 SEED = number(int, 0, 2**63 - 1)
-BY_DEVICE = {"batch_size": (32, 256), "width": (32, 64)}  # defaults: CPU, CUDA
 CHUNK = {"cpu": 20, "cuda": 500}  # images drawn at once, always so many
 
 
@@ -591,7 +588,7 @@ def arguments(doc):
     p.settled = p.add_argument_group("settled when a run starts")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     add = p.kept.add_argument
-    sets = f"or {', '.join(SETS[1:])}, FOLDER"
+    sets = f"{', '.join(SETS)} or a FOLDER (%(default)s)"
     add("--dataset", type=path, default="digits", help=sets)
     add("--data-dir", type=path, default="data", help="where data sets are kept")
     add("--steps", type=COUNT, help="of training (6000; digits 2000)")
@@ -599,8 +596,8 @@ def arguments(doc):
     add = p.settled.add_argument
     add("--size", type=COUNT, help="crop a folder's pictures to SIZE pixels squared")
     add("--batch-size", type=COUNT, help="images a step (32; on CUDA 256)")
-    add("--lr", type=SCALE, default=1e-3, help="largest learning rate (%(default)s)")
-    add("--ema", type=SHARE, default=0.999, help="decay of the average of the weights")
+    add("--lr", type=SCALE, default=1e-3, help="Adam's largest (0.001); Muon's is 5x")
+    add("--ema", type=SHARE, default=0.999, help="decay of averaged weights (0.999)")
     add("--width", type=COUNT, help="channels at full resolution (32; on CUDA 64)")
     add("--patch", type=COUNT, default=1, help="pixels squared seen as one (1)")
     add("--dropout", type=SHARE, default=0.0, help="in the U-Net's blocks (0)")
@@ -611,28 +608,30 @@ def arguments(doc):
     add("--sample-only", action="store_true", help="draw from OUT/ckpt.pt")
     add("--overwrite", action="store_true", help="start anew where a run is")
     add("--device", type=device, default=auto, help="cpu, cuda, ... (%(default)s)")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    words = "of matrix products (auto: bf16 if the hardware is faster)"
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=words)
     add("--samples", type=COUNT, default=100, help="images to draw (%(default)s)")
     add("--npz", action="store_true", help="also OUT/samples.npz, for --judge and FID")
     add("--label", type=number(int, 0), help="draw this class only (all in turn)")
-    weight = number(float, 0)
-    add("--guidance", type=weight, default=0.0, help="w, of --classes or --guide (0)")
-    words = (
-        "RUN like this one but worse, to be led away from; sde.py: or a classifier's"
-    )
+    add("--guidance", type=WEIGHT, default=0.0, help="w, of --classes or --guide (0)")
+    words = "a worse RUN of this kind, to be led away from; sde.py: or a classifier"
     add("--guide", type=path, help=words)
     return p
 
 
-def start(parser, kinds, script, argv=None):
-    """(args, run): the flags, and with --resume or --sample-only the checkpoint in OUT,
-    whose settings win. Joins the processes of torchrun. UserError for contradictions.
+def start(kind, argv=None):
+    """(args, run): the flags, and with --resume or --sample-only the checkpoint in OUT.
+
+    kind: {script: (flags, network)} of the run. What was kept is the default of a flag;
+    UserError if one contradicts what is settled. Joins the processes of torchrun.
     """
+    ((script, (flags, _)),) = kind.items()
+    parser = flags()
     args, run = parser.parse_args(argv), None
     args.out = args.out or f"runs/{script}-{Path(args.dataset).resolve().name}"
     out = args.out
     if args.resume or args.sample_only:
-        run = load_checkpoint(out, kinds)
+        run = load_checkpoint(out, kind)
         parser.set_defaults(**vars(run.args) | {"out": out})
         args = parser.parse_args(argv)
         for action in parser.settled._group_actions:
@@ -647,12 +646,11 @@ def start(parser, kinds, script, argv=None):
         raise UserError(f"{out} holds no run but files of yours: name another --out")
     args.script = script
     actions = parser.kept._group_actions + parser.settled._group_actions
-    args.remembered = {action.dest: action.option_strings[0] for action in actions}
-    for name, (cpu, cuda) in BY_DEVICE.items():
-        if getattr(args, name) is None:
-            setattr(args, name, cuda if "cuda" in args.device else cpu)
-    if args.steps is None:
-        args.steps = 2000 if args.dataset in SETS[:2] else 6000
+    args.remembered = [action.dest for action in actions]
+    cuda = "cuda" in args.device
+    args.batch_size = args.batch_size or (256 if cuda else 32)
+    args.width = args.width or (64 if cuda else 32)
+    args.steps = args.steps or (2000 if args.dataset in SETS[:2] else 6000)
     join_processes(args)
     keep_memory()
     seed_all(args.seed)  # the network's first weights
@@ -662,6 +660,7 @@ def start(parser, kinds, script, argv=None):
 def join_processes(args):
     """Under torchrun: one device a process, and a share of the batch for each."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    args.world = world
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {world}")
     if world > 1:
@@ -722,7 +721,6 @@ def labels_of(args, index):
 
 INSIDE = ("down", "mid", "attention", "side", "up")  # the U-Net's layers under Muon
 MUON = 5.0  # Muon's learning rate, over Adam's
-DAMAGE = LookupError, TypeError, ValueError, AttributeError, RuntimeError
 LOG = ["step", "loss", "grad_norm", "lr", "images_per_s", "minutes"]  # of log.csv
 
 
@@ -754,7 +752,8 @@ def load_checkpoint(folder, kinds):
     """
     path = Path(folder, "ckpt.pt")
     if not path.exists():
-        raise UserError(f"there is no {path}: train first, or name a run's folder")
+        cures = "name a run's folder, or train (anew: --overwrite)"
+        raise UserError(f"there is no {path}: {cures}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         script = str(saved["script"])
@@ -765,20 +764,18 @@ def load_checkpoint(folder, kinds):
     flags, network = kinds[script]
     try:
         args = flags().parse_args([str(word) for word in saved["argv"]])
-        args.shape, args.n_classes = (
-            [int(v) for v in saved["shape"]],
-            saved["n_classes"],
-        )
+        args.shape = [int(v) for v in saved["shape"]]
+        args.n_classes = saved["n_classes"]
         net = network(args).eval().requires_grad_(False)
         for name in ("net", "ema"):
             net.load_state_dict(saved[name])
             if not all(p.isfinite().all() for p in net.parameters()):
                 raise ValueError("its weights are not finite")
         rows = [[float(v) for v in row] for row in saved["rows"]]
-        step = range(10**9).index(saved["step"])  # or an error
+        step = int(rows[-1][0])
         if {len(row) for row in rows} != {len(LOG)}:
             raise ValueError("its log")
-    except (UserError, *DAMAGE) as e:
+    except Exception as e:
         raise UserError(f"{path} is damaged or of another version: {e}") from e
     fields = {"script": script, "args": args, "step": step, "rows": rows}
     return SimpleNamespace(**fields, saved=saved, net=net)
@@ -823,14 +820,15 @@ def load_guide(args, kinds, same=()):
 
 
 def full_precision(net):
-    """For likelihoods and bounds: float32 everywhere, TF32 not even on CUDA."""
+    """For likelihoods and bounds: float32 everywhere, on CUDA without TF32."""
     net.dtype = torch.float32
     torch.backends.cudnn.allow_tf32 = False
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024), in the scale of Liu et al. 2025, arXiv:2502.16982:
-    momentum made orthogonal, for matrices; a convolution is one of C_out x 9 C_in."""
+    momentum made orthogonal, for matrices; a convolution is one of C_out x k^2 C_in
+    (torch.optim.Muon takes no convolutions)."""
 
     def __init__(self, weights, dtype=torch.float32, beta=0.95):
         super().__init__(weights, {"lr": 0.0, "beta": beta})
@@ -843,20 +841,19 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             shapes.setdefault(p.flatten(1).shape, []).append(p)
         for shape, ps in shapes.items():
-            states = [self.state[p] for p in ps]
-            for p, state in zip(ps, states):
-                momentum = state.setdefault("momentum", torch.zeros_like(p))
+            mixed = []
+            for p in ps:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["beta"])
-            grad = torch.stack([p.grad.flatten(1) for p in ps])
-            momentum = torch.stack([state["momentum"].flatten(1) for state in states])
-            update = orthogonal(grad.lerp(momentum, group["beta"]).to(self.dtype))
+                mixed.append(p.grad.lerp(momentum, group["beta"]).flatten(1))
+            update = orthogonal(torch.stack(mixed).to(self.dtype))
             scale = 0.2 * max(shape) ** 0.5  # root mean square 0.2, near Adam's
             for p, u in zip(ps, update):
                 p.sub_(u.reshape(p.shape), alpha=scale * group["lr"])
 
 
 def optimizers(net):
-    """Adam, and for the matrices inside the U-Net Muon."""
+    """Adam, and Muon for the matrices of the layers named INSIDE (but not the "emb")."""
     inside, rest = [], []
     for name, p in net.named_parameters():
         muon = p.dim() > 1 and name.startswith(INSIDE) and "emb" not in name
@@ -882,22 +879,16 @@ def learning_rate(step, steps, largest):
     return largest * min(1, 20 * done, 1.25 * (1 - done))
 
 
-@torch.no_grad()
-def average(ema, net, decay):
-    """ema <- decay ema + (1 - decay) net."""
-    weights = [p.detach() for p in net.parameters()]
-    torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-
-
 def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
     """Adam and Muon on loss(net, x0, label); returns the averaged network, to draw by.
 
     data: images uint8 (N, C, H, W), labels (N,) or None; x0 (B, C, H, W) in [low, 1].
-    run: a checkpoint to go on from: step n draws everything from (seed, n, rank).
+    run: a checkpoint to go on from, to the last bit: what step n draws depends on
+    (seed, n, rank) alone.
     preview(ema, n) draws n images; extra: tensors that the loss keeps.
     UserError if the loss is not finite, before the checkpoint is overwritten.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = args.world
     net = prepare(net, args)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     opts = optimizers(net)
@@ -928,7 +919,9 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
                 opt.param_groups[0]["lr"] = factor * lr
                 opt.step()
             net.zero_grad()
-            average(ema, net, min(args.ema, (1 + step) / (10 + step)))  # short at first
+            decay = min(args.ema, (1 + step) / (10 + step))  # short at first
+            average = get_ema_multi_avg_fn(decay)
+            average([*ema.parameters()], [*net.parameters()], None)
             recent.append(torch.stack([l.detach(), norm]))
             done = step + 1
             if done % 100 and done < args.steps:
@@ -949,7 +942,10 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
             minutes += rows[-1][5] if rows else 0
             rows.append([done, *mean, lr, rate, minutes])
             if rank() == 0:
-                write_log(args.out, rows)
+                save_csv(f"{args.out}/log.csv", LOG, rows)
+                curve = {"mean of 100 steps": [row[:2] for row in rows]}
+                logy = min(row[1] for row in rows) > 0  # sliced score matching's is not
+                plot(f"{args.out}/loss.png", curve, "step", "loss", logy=logy)
                 if done == 100 or done % 500 == 0 or done == args.steps:
                     save_checkpoint(args, rows, net, ema, opts, extra)
                     saved = done
@@ -965,22 +961,14 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
     return ema
 
 
-def write_log(out, rows):
-    """OUT/log.csv and its picture OUT/loss.png."""
-    save_csv(f"{out}/log.csv", LOG, rows)
-    curve = {"mean of 100 steps": [row[:2] for row in rows]}
-    positive = min(row[1] for row in rows) > 0  # sliced score matching's is not
-    plot(f"{out}/loss.png", curve, "step", "loss", logy=positive)
-
-
 def save_checkpoint(args, rows, net, ema, opts, extra):
     """Write OUT/ckpt.pt, all or nothing; .argv are its settings as a command line."""
     argv = []
-    for name, flag in args.remembered.items():
-        value = getattr(args, name)
+    for name in args.remembered:
+        flag, value = "--" + name.replace("_", "-"), getattr(args, name)
         if value is not None and value is not False:
             argv.append(flag if value is True else f"{flag}={value}")
-    what = {"script": args.script, "argv": argv, "step": rows[-1][0], "rows": rows}
+    what = {"script": args.script, "argv": argv, "rows": rows}
     what |= {"shape": args.shape, "n_classes": args.n_classes, "extra": list(extra)}
     what |= {"net": net.state_dict(), "ema": ema.state_dict()}
     what["opts"] = [opt.state_dict() for opt in opts]
@@ -1002,7 +990,7 @@ def restore(run, net, ema, opts, extra):
                     v.expand_as(p)  # or an error
         for tensor, old in zip(extra, run.saved["extra"], strict=True):
             tensor.copy_(old)
-    except DAMAGE as e:
+    except Exception as e:
         raise UserError(f"ckpt.pt is damaged or of another version: {e}") from e
 
 
@@ -1025,8 +1013,9 @@ class Watch:
 
 
 def finish(args, draw, calls, name="", low=-1.0):
-    """Draw args.samples images by draw(index, watch), in about so many calls each.
+    """Draw args.samples images by draw(index, watch) -> x, images number index.
 
+    calls: of the network an image, as foreseen; draw counts them by watch(network).
     Saves samplesNAME.png, processNAME.gif and .png, with --npz samplesNAME.npz in OUT;
     NAME ends in -wW where guidance of weight W is used. Chunks of one size have a seed
     each: image k does not depend on how many are drawn.
@@ -1060,7 +1049,8 @@ def finish(args, draw, calls, name="", low=-1.0):
             np.savez(f, arr_0=rgb, labels=labels)
     cost = f"{watch.count} calls each, {seconds:.0f} s"
     if "cuda" in args.device:
-        cost += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        most = torch.cuda.max_memory_allocated(args.device)
+        cost += f", at most {most / 2**30:.1f} GiB"
     say(f"saved  {args.out}/samples{name}.png ({len(x)} images, {cost})")
 
 
@@ -1205,9 +1195,8 @@ class Panel:
 
     def line(self, points, label=None):
         """A line through the points (x, y)."""
-        self.draw.line(
-            [*self.pixels(points)] or [(0, 0)], self.color(label), 5, "curve"
-        )
+        pixels = list(self.pixels(points)) or [(0, 0)]
+        self.draw.line(pixels, self.color(label), 5, "curve")
 
     def dots(self, points, label=None, radius=7):
         """Dots at the points (x, y), or (x, y, error) with bars."""

@@ -16,9 +16,9 @@ Bound    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0 in bits/dim       eqs. (
 Differs  mean over pixels instead of sum; the shifted cosine schedule; the network
          returns v, not eps, and is compared with v, which weighs eps by 1 / abar_t; a
          smaller U-Net; Muon, and a learning rate that decays; x_0 is clipped, as in the
-         authors' code. Their decoder has a tanh where eq. (13)
-         has the normal distribution function, and a floor of 1e-12. DDIM's quadratic
-         steps, which stop at 800 of 1000, are left out
+         authors' code. Their decoder has a tanh where eq. (13) has the normal
+         distribution function, and a floor of 1e-12. DDIM's quadratic steps, which stop
+         at 800 of 1000, are left out
 
     python ddpm.py --dataset mnist     # trains, then see runs/ddpm-mnist/samples.png
     python ddpm.py --dataset mnist --sample-only --sampler ddim --sample-steps 50
@@ -26,7 +26,6 @@ Differs  mean over pixels instead of sum; the shifted cosine schedule; the netwo
 """
 
 import math
-import os
 from functools import partial
 from itertools import pairwise
 
@@ -227,7 +226,7 @@ def reverse_variance(kind, abar_t, abar_s, raw=None, gamma=None, beta_tilde=None
     learned: improved DDPM, eq. (15), with v = (raw + 1) / 2 as in its code. analytic:
     beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), by gamma of
     second_moment (Analytic-DPM, Theorem 1), Cov in the bounds of its eqs. (11), (12);
-    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: in place of 0.
+    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: if given, instead of 0 at t = 1.
     """
     beta = 1 - abar_t / abar_s
     if beta_tilde is None:
@@ -375,9 +374,19 @@ def flags():
     p = common.arguments(__doc__)
     add = p.settled.add_argument
     add("--T", type=COUNT, default=1000, help="steps of diffusion (paper: 1000)")
-    add("--schedule", choices=SCHEDULES, default="shifted", help="paper: linear")
-    add("--predict", choices=["eps", "x0", "v"], default="v", help="paper: eps")
-    add("--objective", choices=[*LOSSES], default="simple", help="two learn sigma_t")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="shifted",
+        help="(shifted; paper: linear)",
+    )
+    add("--predict", choices=["eps", "x0", "v"], default="v", help="(v; paper: eps)")
+    add(
+        "--objective",
+        choices=[*LOSSES],
+        default="simple",
+        help="(simple) two learn sigma_t",
+    )
     add = p.add_argument
     add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="(%(default)s)")
     add("--sample-steps", type=COUNT, help="draw with so many of the T steps (all)")
@@ -464,20 +473,20 @@ def report_bound(args, net, abar, variance, gamma):
 def check(args):
     """UserError for flags that contradict each other; sets what to draw with."""
     learned = args.objective != "simple"
+    if args.variance and args.sampler == "ddim":
+        raise UserError("--variance is that of --sampler ddpm")
     args.variance = args.variance or ("learned" if learned else "beta")
     if args.variance == "learned" and not learned:
         raise UserError("--variance learned: train with --objective hybrid or vlb")
     if args.eta and args.sampler != "ddim":
         raise UserError("--eta is the noise of --sampler ddim")
-    if args.variance == "analytic" and args.sampler == "ddim":
-        raise UserError("--variance is that of --sampler ddpm")
-    if args.objective == "vlb" and "RANK" in os.environ:
+    if args.objective == "vlb" and args.world > 1:
         raise UserError("--objective vlb keeps a history of its loss: use one process")
 
 
-def analytic_gamma(args, net, abar, tau):
+def analytic_gamma(args, run, net, abar, tau):
     """second_moment of 50 training images."""
-    images, _ = common.load_images(args.dataset, "train", args.data_dir, args.size)
+    images, _ = common.training_data(args, run)
     g = torch.Generator().manual_seed(0)
     pick = torch.randperm(len(images), generator=g)[:50]
     x0 = images[pick].to(args.device) / 127.5 - 1
@@ -486,7 +495,7 @@ def analytic_gamma(args, net, abar, tau):
 
 
 def main(argv=None):
-    args, run = common.start(flags(), KIND, "ddpm", argv)
+    args, run = common.start(KIND, argv)
     check(args)
     guide = common.load_guide(args, KIND, ("T", "schedule", "predict"))
     abar = schedule(args.schedule, args.T)  # the samplers' table, and the loss's
@@ -527,16 +536,18 @@ def main(argv=None):
         net = common.train(args, network(args), objective, data, **options)
     if common.rank() > 0:
         return
+    common.seed_all(args.seed)
     if args.variance == "analytic":
         steps = range(args.T + 1) if args.evaluate_bound else tau
-        gamma = analytic_gamma(args, net, abar, steps)
+        gamma = analytic_gamma(args, run, net, abar, steps)
     if args.evaluate_bound:
         report_bound(args, net, table, args.variance, gamma)
     elif args.interpolate:
         images = common.test_images(args, or_training=True)
         f = predictor(net, abar, args.predict, clip=not args.no_clip)
         tau = subsequence(args.T, min(args.sample_steps or 200, args.T))
-        encode, decode = [partial(ddim, f, abar=abar, tau=t) for t in (tau[::-1], tau)]
+        encode = partial(ddim, f, abar=abar, tau=tau[::-1])
+        decode = partial(ddim, f, abar=abar, tau=tau)
         common.interpolate(args, images, encode, decode)
     else:
         name = "" if args.sampler == "ddpm" else "-ddim"

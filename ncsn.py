@@ -219,9 +219,9 @@ def flags():
     add("--objective", choices=objectives, default="dsm", help="denoising or sliced")
     count, scale, power = common.COUNT, common.SCALE, common.number(float, 0, 9)
     add("--sigma-max", type=scale, help="sigma_1 (5, or by Technique 1; paper: 1)")
-    add("--sigma-min", type=scale, default=0.05, help="sigma_L (papers: 0.01)")
+    add("--sigma-min", type=scale, default=0.05, help="sigma_L (0.05, papers: 0.01)")
     add("--levels", type=count, help="L (30, or by Technique 2; paper: 10)")
-    add("--power", type=power, default=3.0, help="of lambda (paper: 2)")
+    add("--power", type=power, default=3.0, help="of lambda (3, paper: 2)")
     add = p.add_argument
     add("--eps", type=scale, help="step size (1e-3, or Technique 4; paper: 2e-5)")
     add("--T", type=count, help="steps a level (10, improved 5; papers: 100, 5)")
@@ -244,7 +244,6 @@ def as_score(net, label=None, w=0.0, guide=None):
     al. 2024, arXiv:2406.02507, whose w is 1 + w here), or without one that of no label
     (arXiv:2207.12598).
     """
-
     if w and label is None and guide is None:
         raise ValueError("guidance needs labels (B,), or a guide")
 
@@ -288,7 +287,7 @@ def denoiser(run, device="cpu"):
 
 
 def main(argv=None):
-    args, run = common.start(flags(), KIND, "ncsn", argv)
+    args, run = common.start(KIND, argv)
     guide = common.load_guide(args, KIND)
     T = args.T or (5 if args.improved else 10)
     if not args.sample_only:

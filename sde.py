@@ -53,24 +53,22 @@ class VE:
     """
 
     def __init__(self, sigma_min=0.01, sigma_max=34.0, t_min=1e-5):
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min, self.ratio = sigma_min, sigma_max / sigma_min
         self.t_min, self.T, self.prior = t_min, 1.0, sigma_max
 
     def kernel(self, t):
         """a and s of p_0t(x(t) | x(0)) = N(a x(0), s^2 I)."""
-        sigma = self.sigma_min * (self.sigma_max / self.sigma_min) ** t  # eq. (30)
+        sigma = self.sigma_min * self.ratio**t  # eq. (30)
         return torch.ones_like(t), sigma
 
     def fg(self, x, t):
         """f(x, t) and g(t)."""
-        ratio = self.sigma_max / self.sigma_min
-        g = self.kernel(t)[1] * math.sqrt(2 * math.log(ratio))  # eqs. (9), (30)
+        g = self.kernel(t)[1] * math.sqrt(2 * math.log(self.ratio))  # eqs. (9), (30)
         return torch.zeros_like(x), g
 
     def time(self, sigma):
         """The t at which s / a = sigma."""
-        ratio = self.sigma_max / self.sigma_min
-        return (sigma / self.sigma_min).log() / math.log(ratio)
+        return (sigma / self.sigma_min).log() / math.log(self.ratio)
 
 
 class EDM(VE):
@@ -156,7 +154,7 @@ def sigma_range(sde):
 
 def times(sde, N, grid="t"):
     """(N + 1,) float64, from T to t_min: even in t; edm: as EDM, eq. (5); or angle:
-    atan(sigma / 2) is even, as in DDPM's cosine schedule with sigma doubled."""
+    atan(sigma / 2) is even, as in improved DDPM's schedule, sigma doubled."""
     low, high = sigma_range(sde)
     if grid == "edm":
         return sde.time(karras_sigmas(N + 1, low, high)[:-1])  # eq. (5)
@@ -182,9 +180,9 @@ def D_theta(net, y, sigma, label=None, sigma_data=1.0):
 def loss(net, x0, sde, label=None, likelihood=False):
     """Denoising score matching, eq. (7), lambda = s^2, t uniform; the mean over pixels.
 
-    x0 (B, ...). likelihood: lambda = g^2 (ScoreFlow) by a constant, t being drawn from
-    g^2 / s^2 = d log sigma^2 / dt: log sigma is uniform. One in ten labels is hidden
-    (-1).
+    x0 (B, ...). likelihood: lambda = g^2 (ScoreFlow) up to a constant factor, by drawing
+    t in proportion to g^2 / s^2 = d log sigma^2 / dt: log sigma is uniform. One in ten
+    labels is hidden (-1).
     """
     u = torch.rand(len(x0), device=x0.device)
     t = sde.t_min + u * (sde.T - sde.t_min)
@@ -271,10 +269,10 @@ def ancestral(score, sde, x, ts):
 def correct(score, x, t, snr, alpha=1.0):
     """A Langevin step: Algorithm 4 (alpha = 1) or 5; ||.|| is the mean of the norms."""
     z = torch.randn_like(x)  # line 4
-    grad = score(x, t)  # line 5
-    ratio = z.flatten(1).norm(dim=1).mean() / grad.flatten(1).norm(dim=1).mean()
+    s = score(x, t)  # line 5
+    ratio = z.flatten(1).norm(dim=1).mean() / s.flatten(1).norm(dim=1).mean()
     eps = 2 * alpha * (snr * ratio) ** 2  # line 6
-    return x + eps * grad + (2 * eps).sqrt() * z  # line 7
+    return x + eps * s + (2 * eps).sqrt() * z  # line 7
 
 
 @torch.no_grad()
@@ -548,7 +546,12 @@ def flags():
     add("--sigma-min", type=scale, help="of VE (0.01, paper: 0.02), EDM (0.002)")
     add("--sigma-max", type=scale, help="of VE (34, paper: 100), EDM (80)")
     add = p.settled.add_argument
-    add("--weighting", choices=weightings, default="edm", help="the loss; paper: s^2")
+    add(
+        "--weighting",
+        choices=weightings,
+        default="edm",
+        help="lambda (edm; paper: s^2)",
+    )
     add("--train-classifier", action="store_true", help="train p(label | x(t)) instead")
     add = p.add_argument
     names = ["em", "reverse", "ancestral", "pc", "ode", "heun", "adaptive"]
@@ -557,11 +560,16 @@ def flags():
     grids = ["t", "edm", "angle"]
     words = "of the N steps of em, reverse, ancestral, pc (%(default)s; paper: t)"
     add("--grid", choices=grids, default="angle", help=words)
-    add("--snr", type=scale, default=0.16, help="r of the corrector; paper: VP 0.01")
+    add(
+        "--snr",
+        type=scale,
+        default=0.16,
+        help="of the corrector (0.16; paper: VP 0.01)",
+    )
     add("--corrector-steps", type=count, default=1, help="M (1, as the paper)")
     add("--tol", type=scale, help="of ode, bits (1e-5, as the paper), adaptive (0.05)")
-    churn = common.number(float, 0)
-    add("--churn", type=churn, default=10.0, help="S_churn of heun (10; EDM: 0-80)")
+    weight = common.WEIGHT
+    add("--churn", type=weight, default=10.0, help="S_churn of heun (10; EDM: 0-80)")
     add("--no-clip", action="store_true", help="do not clip D to [-1, 1]")
     add("--evaluate-bits", type=common.number(int, 2), help="bits/dim of N test images")
     add("--probes", type=count, default=1, help="random vectors an image, for bits (1)")
@@ -573,7 +581,9 @@ def network(args):
     """The U-Net of a run's settings; a classifier's has a channel for each class."""
     if args.train_classifier:
         C, K = args.shape[0], args.n_classes
-        return common.UNet(C, args.width, args.patch, 0, args.dropout, out=K)
+        net = common.UNet(C, args.width, args.patch, 0, args.dropout, out=K)
+        net.check(args.shape)
+        return net
     return common.unet(args)
 
 
@@ -663,9 +673,11 @@ def report_bits(args, score, sde, images):
     say(f"bits   {bits.mean():.4f} +- {error:.4f} bits/dim of {N} test images ({kind})")
 
 
-def check(args):
+def check(args, run):
     """UserError for flags that do not fit; returns the run of --guide, or None."""
-    if args.sde in ("vp", "subvp") and (args.sigma_min or args.sigma_max):
+    ends = args.sigma_min, args.sigma_max
+    remembered = run and ends == (run.args.sigma_min, run.args.sigma_max)
+    if args.sde in ("vp", "subvp") and any(ends) and not remembered:
         raise UserError("--sigma-min and --sigma-max are for --sde ve and edm")
     if args.sde == "edm" and args.weighting != "edm" and not args.sample_only:
         raise UserError("--sde edm has a loss of its own: --weighting edm")
@@ -678,11 +690,9 @@ def check(args):
 
 
 def main(argv=None):
-    parser = flags()
-    kinds = CLASSIFIER if parser.parse_args(argv).train_classifier else KIND
-    (script,) = kinds
-    args, run = common.start(parser, kinds, script, argv)
-    guide = check(args)
+    kind = CLASSIFIER if flags().parse_args(argv).train_classifier else KIND
+    args, run = common.start(kind, argv)
+    guide = check(args, run)
     sde = make_sde(args)
 
     def objective(net, x0, label):
@@ -711,7 +721,7 @@ def main(argv=None):
         return
 
     if args.evaluate_bits or args.interpolate:
-        images = common.test_images(args, or_training=args.interpolate)
+        images = common.test_images(args, or_training=not args.evaluate_bits)
         common.full_precision(net)
         common.seed_all(args.seed)
         score = make_score(net, sde, clip=False)

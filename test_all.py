@@ -1357,7 +1357,7 @@ class Mistakes(Case):
         w = run["net"]["conv_in.weight"]
         adam, muon = run["opts"]
         thin = adam | {"state": {0: adam["state"][0] | {"exp_avg": ones(2)}}}
-        bad = [{"step": -1}, {"rows": [[1]]}, {"ema": {}}, {"extra": []}, {"opts": []}]
+        bad = [{"rows": [[1]]}, {"ema": {}}, {"extra": []}, {"opts": []}]
         bad += [{"opts": [thin, muon]}, {"argv": Evil()}, {"shape": [8, 8]}]
         bad += [
             {"argv": [*run["argv"], v]} for v in ("--T=x", "--width=16", "--lr=nan")
@@ -1408,7 +1408,7 @@ class Mistakes(Case):
     def test_defaults(self):
         for name, steps in (("digits", 2000), ("mnist", 6000)):
             argv = "--dataset", name, "--device", "cpu", "--out", str(self.out)
-            args, _ = common.start(ddpm.flags(), ddpm.KIND, "ddpm", argv)
+            args, _ = common.start(ddpm.KIND, argv)
             assert (args.steps, args.batch_size, args.width) == (steps, 32, 32)
 
 
@@ -1555,7 +1555,7 @@ def conv_run(out, *argv, loss=conv_loss):
     argv = ["--out", out, "--lr", 0.01, "--ema", 0.8, "--batch-size", 8, *argv]
     argv += ["--precision", "fp32", "--device", "cpu"]
     argv = list(map(str, argv))
-    args, run = common.start(common.arguments(""), KIND, "conv", argv)
+    args, run = common.start(KIND, argv)
     args.shape, args.n_classes = [1, 4, 4], 0
     images = arange(800).view(50, 1, 4, 4).remainder(251).byte()
     net = KIND["conv"][1](args)
@@ -1670,7 +1670,7 @@ class Training(Case):
         table = ddpm.schedule("cosine", 9).to("meta")
         adam = torch.optim.Adam
         argv = *SMALL, "--out", self.out, "--device", "meta", "--precision", "fp32"
-        args, _ = common.start(common.arguments(""), {}, "x", [*map(str, argv)])
+        args, _ = common.start(KIND, [*map(str, argv)])
         args.shape, args.n_classes = [1, 8, 8], 3
         data = zeros(9, 1, 8, 8).byte(), zeros(9).long()
         loss = spy(lambda net, x, y: ddpm.loss(net, x, table, y))
@@ -1791,7 +1791,7 @@ class Runs(Case):
         flags = "--dataset", self.pictures(), *SMALL, *RUNS[ddpm], "--steps", 101
         with self.assertRaisesRegex(Exception, "SIGKILL"):
             spawn(killed, *map(str, [*flags, "--out", out]))
-        assert torch.load(out / "ckpt.pt")["step"] == 100
+        assert torch.load(out / "ckpt.pt")["rows"][-1][0] == 100
         assert [*out.glob("*.part")]
         runs(ddpm, "--resume", "--out", out)
         assert not [*out.glob("*.part")]
