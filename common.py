@@ -443,9 +443,9 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """net(x, noise, label=None): x (B, C, H, W); noise (B,), log sigma or t; label (B,).
+    """net(x, noise, label=None): x (B, C, H, W); noise (B,), log sigma or t; label (B,)
 
-    The label -1, or None, is "no class". Returns 0 before training, float32 like x;
+    Label -1, or None, is "no class". Returns 0 before training, float32 like x;
     with .dtype = torch.bfloat16 it multiplies in bfloat16. mult: widths of the levels
     over width; patch: pixels squared seen as one; out: channels returned, or 0: as x.
     """
@@ -853,7 +853,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(net):
-    """Adam, and Muon for the matrices of the layers named INSIDE (but not the "emb")."""
+    """Adam, and Muon for the matrices of layers named INSIDE (but not the "emb")."""
     inside, rest = [], []
     for name, p in net.named_parameters():
         muon = p.dim() > 1 and name.startswith(INSIDE) and "emb" not in name

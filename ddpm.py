@@ -226,7 +226,7 @@ def reverse_variance(kind, abar_t, abar_s, raw=None, gamma=None, beta_tilde=None
     learned: improved DDPM, eq. (15), with v = (raw + 1) / 2 as in its code. analytic:
     beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), by gamma of
     second_moment (Analytic-DPM, Theorem 1), Cov in the bounds of its eqs. (11), (12);
-    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: if given, instead of 0 at t = 1.
+    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: if not by formula.
     """
     beta = 1 - abar_t / abar_s
     if beta_tilde is None:
@@ -375,18 +375,10 @@ def flags():
     add = p.settled.add_argument
     add("--T", type=COUNT, default=1000, help="steps of diffusion (paper: 1000)")
     add(
-        "--schedule",
-        choices=SCHEDULES,
-        default="shifted",
-        help="(shifted; paper: linear)",
+        "--schedule", choices=SCHEDULES, default="shifted", help="shifted, paper linear"
     )
     add("--predict", choices=["eps", "x0", "v"], default="v", help="(v; paper: eps)")
-    add(
-        "--objective",
-        choices=[*LOSSES],
-        default="simple",
-        help="(simple) two learn sigma_t",
-    )
+    add("--objective", choices=LOSSES, default="simple", help="others learn sigma_t")
     add = p.add_argument
     add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="(%(default)s)")
     add("--sample-steps", type=COUNT, help="draw with so many of the T steps (all)")

@@ -546,12 +546,7 @@ def flags():
     add("--sigma-min", type=scale, help="of VE (0.01, paper: 0.02), EDM (0.002)")
     add("--sigma-max", type=scale, help="of VE (34, paper: 100), EDM (80)")
     add = p.settled.add_argument
-    add(
-        "--weighting",
-        choices=weightings,
-        default="edm",
-        help="lambda (edm; paper: s^2)",
-    )
+    add("--weighting", choices=weightings, default="edm", help="(edm) paper: s^2")
     add("--train-classifier", action="store_true", help="train p(label | x(t)) instead")
     add = p.add_argument
     names = ["em", "reverse", "ancestral", "pc", "ode", "heun", "adaptive"]
@@ -560,12 +555,7 @@ def flags():
     grids = ["t", "edm", "angle"]
     words = "of the N steps of em, reverse, ancestral, pc (%(default)s; paper: t)"
     add("--grid", choices=grids, default="angle", help=words)
-    add(
-        "--snr",
-        type=scale,
-        default=0.16,
-        help="of the corrector (0.16; paper: VP 0.01)",
-    )
+    add("--snr", type=scale, default=0.16, help="r, of pc (0.16; paper: VP 0.01)")
     add("--corrector-steps", type=count, default=1, help="M (1, as the paper)")
     add("--tol", type=scale, help="of ode, bits (1e-5, as the paper), adaptive (0.05)")
     weight = common.WEIGHT
