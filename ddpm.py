@@ -374,11 +374,11 @@ def flags():
     p = common.arguments(__doc__)
     add = p.settled.add_argument
     add("--T", type=COUNT, default=1000, help="steps of diffusion (paper: 1000)")
-    add(
-        "--schedule", choices=SCHEDULES, default="shifted", help="shifted, paper linear"
-    )
+    words = "(%(default)s; paper: linear)"
+    add("--schedule", choices=SCHEDULES, default="shifted", help=words)
     add("--predict", choices=["eps", "x0", "v"], default="v", help="(v; paper: eps)")
-    add("--objective", choices=LOSSES, default="simple", help="others learn sigma_t")
+    words = "(%(default)s) the others learn sigma_t too"
+    add("--objective", choices=LOSSES, default="simple", help=words)
     add = p.add_argument
     add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="(%(default)s)")
     add("--sample-steps", type=COUNT, help="draw with so many of the T steps (all)")
