@@ -653,7 +653,7 @@ class SDEs(Case):
             for grid, even in grids.items():
                 a, s = e.kernel(sde.times(e, 9, grid))
                 low, high = even(ends)
-                near(even(s / a), np.linspace(high, low, 10))
+                near(even(s / a), torch.linspace(high, low, 10))
         t = real([0, 0.5, 1])
         a, s = VP.kernel(t)
         near(a, (-(0.1 * t + 19.9 * t**2 / 2) / 2).exp())
