@@ -180,9 +180,9 @@ def D_theta(net, y, sigma, label=None, sigma_data=1.0):
 def loss(net, x0, sde, label=None, likelihood=False):
     """Denoising score matching, eq. (7), lambda = s^2, t uniform; the mean over pixels.
 
-    x0 (B, ...). likelihood: lambda = g^2 (ScoreFlow) up to a constant factor, by drawing
-    t in proportion to g^2 / s^2 = d log sigma^2 / dt: log sigma is uniform. One in ten
-    labels is hidden (-1).
+    x0 (B, ...). likelihood: lambda = g^2 (ScoreFlow) but for a constant factor, by t
+    drawn in proportion to g^2 / s^2 = d log sigma^2 / dt: log sigma is uniform. One in
+    ten labels is hidden (-1).
     """
     u = torch.rand(len(x0), device=x0.device)
     t = sde.t_min + u * (sde.T - sde.t_min)

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import unittest
 from contextlib import chdir, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from itertools import combinations, count, pairwise, product
-from math import cos, hypot, inf, isfinite, log, log10, nan, pi, sqrt
+from math import hypot, inf, isfinite, log, log10, nan, pi, sin, sqrt
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -1722,12 +1723,14 @@ class Pictures(Case):
     def test_interpolation_follows_the_great_circle(self):
         images = 255 * eye(3, 2).byte().view(3, 1, 1, 2)  # a pair, and one too many
         args = SimpleNamespace(device="cpu", out=self.dir)
-        encode = spy(lambda x0: (x0 + 1) / 2)  # 1, 0 and 0, 1
-        common.interpolate(args, images, encode, lambda codes: 2 * codes - 1)
+        B = tensor([[1, 0], [0.5, sqrt(0.75)]])  # codes at an angle of pi / 3
+        encode = spy(lambda x0: (x0 + 1) / 2 @ B)
+        decode = spy(lambda x: 2 * x @ B.inverse() - 1)
+        common.interpolate(args, images, encode, decode)
         assert "0.000 grey levels" in self.printed.getvalue()
         sheet = np.array(Image.open(self.dir / "interpolate.png"))
         first, second = sheet[0, ::8], sheet[0, 2::8]  # of 11 images, 4 columns apart
-        arc = [cos(k * pi / 16) for k in range(9)]
+        arc = [sin((8 - k) * pi / 24) / sin(pi / 3) for k in range(9)]
         near(first, 255 * tensor([1, *arc, 0]), 0.51)
         near(second, 255 * tensor([0, *arc[::-1], 1]), 0.51)
 
@@ -1804,10 +1807,14 @@ class House(Case):
                 missing = named - self.numbers("\n".join(comments))
                 assert not missing, f"{path.name}:{f.name}: eq. {missing}"
 
-    def test_every_script_is_a_command(self):
+    def test_every_script_runs_beside_what_it_imports(self):
         for name in SCRIPTS:
-            argv = [sys.executable, HERE / f"{name}.py", "--help"]
-            assert b"--seed" in subprocess.check_output(argv)
+            folder = self.dir / name
+            folder.mkdir()
+            for part in (name, "common", *BELOW.get(name, "").split()):
+                shutil.copy(HERE / f"{part}.py", folder)
+            argv = [sys.executable, "-E", f"{name}.py", "--help"]
+            assert b"--seed" in subprocess.check_output(argv, cwd=folder)
 
     def blocks(self, kind):
         return re.findall(rf"```{kind}\n(.*?)```", self.text, re.DOTALL)
@@ -1887,7 +1894,7 @@ def nearest(a, b):
 
 
 def features(net, images):
-    """(features (N, 128), probabilities (N, K)) of uint8 images."""
+    """Features (N, 128) and probabilities (N, K) of uint8 images."""
     f = cat([net[:-1](x / 255) for x in images.split(500)])
     return f, net[-1](f).softmax(1)
 
@@ -1906,8 +1913,7 @@ def classifier(name, data_dir):
     common.seed_all(0)
     net = nn.Sequential(*layers, nn.Linear(128, int(labels.max()) + 1))
     path = Path(data_dir, Path(name).name, "classifier.pt")
-    content = str(net).encode() + images.numpy().tobytes()
-    made_of = hashlib.sha256(content).hexdigest()
+    made_of = hashlib.sha256(str(net).encode() + images.numpy().tobytes()).hexdigest()
     try:
         kept = torch.load(path, weights_only=True)
         assert kept["made_of"] == made_of
@@ -1942,8 +1948,7 @@ def judge(x, asked, name, data_dir):
     """{column: number} of uint8 images x (N, C, H, W) against a set of test images.
     floor: the Frechet distance of N training images, the mean of up to ten sets. sure:
     the share of images with a class above 0.95. nearest: the distance to the nearest
-    training image over that of test images: 1 is new, 0 a copy. asked: labels.
-    """
+    training image over that of test images: 1 is new, 0 a copy. asked: labels."""
     images, _ = load_images(name, "train", data_dir)
     test, _ = load_images(name, "test", data_dir)
     net = classifier(name, data_dir)
@@ -1967,7 +1972,7 @@ def judge(x, asked, name, data_dir):
 
 
 def judge_runs(folders):
-    """Print a row for each samples*.npz, or completions, in the runs' folders."""
+    """Print a row for each samples*.npz in the runs' folders."""
     kinds = ncsn.KIND | ddpm.KIND | sde.KIND
     for folder in map(Path, folders):
         args = common.load_checkpoint(folder, kinds).args
