@@ -161,7 +161,8 @@ MIRRORS = {  # the second address is tried where the first fails
         "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/",
     ],
 }
-SETS = ["digits", "colour-digits", *MIRRORS]
+DRAWN = ["digits", "colour-digits"]  # by draw_digits()
+SETS = [*DRAWN, *MIRRORS]
 TORCHVISION = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
 SHA256 = {  # of the files, decompressed
     "mnist/train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -189,7 +190,7 @@ def load_images(name, split="train", data_dir="data", size=None):
     pictures of a folder are cropped to. UserError names the file and the cure.
     """
     note = ""
-    if name in ("digits", "colour-digits"):
+    if name in DRAWN:
         images, labels = draw_digits(split, colour=name == "colour-digits")
     elif name == "cifar10":
         images, labels = read_cifar10(Path(data_dir, name), split)
@@ -450,6 +451,8 @@ class UNet(nn.Module):
     over width; patch: pixels squared seen as one; out: channels returned, or 0: as x.
     """
 
+    inside = ("down", "mid", "attention", "side", "up")  # its layers under Muon
+
     def __init__(
         self, channels, width=32, patch=1, classes=0, dropout=0, out=0, mult=(1, 2, 2)
     ):
@@ -523,7 +526,8 @@ class UNet(nn.Module):
 
 
 def unet(args, out=None, kind=UNet):
-    """The U-Net of a run's settings."""
+    """The U-Net of a run's settings. Another network has its arguments, .check, .dtype,
+    .inside, and forward(x, noise, label), whose label is -1 or None for "no class"."""
     C = args.shape[0]
     net = kind(C, args.width, args.patch, args.n_classes, args.dropout, out)
     net.check(args.shape)
@@ -650,7 +654,7 @@ def start(kind, argv=None):
     cuda = "cuda" in args.device
     args.batch_size = args.batch_size or (256 if cuda else 32)
     args.width = args.width or (64 if cuda else 32)
-    args.steps = args.steps or (2000 if args.dataset in SETS[:2] else 6000)
+    args.steps = args.steps or (2000 if args.dataset in DRAWN else 6000)
     join_processes(args)
     keep_memory()
     seed_all(args.seed)  # the network's first weights
@@ -710,7 +714,8 @@ def test_images(args, or_training=False):
 def labels_of(args, index):
     """The labels of images number index: --label, or all classes in turn, or None."""
     if args.label is not None and args.label >= args.n_classes:
-        raise UserError(f"--label {args.label}: the run knows {args.n_classes} classes")
+        words = f"the run knows {args.n_classes} classes; see --classes"
+        raise UserError(f"--label {args.label}: {words}")
     if not args.n_classes:
         return None
     label = index % args.n_classes if args.label is None else 0 * index + args.label
@@ -719,7 +724,6 @@ def labels_of(args, index):
 
 # -------------------------------------------------------------------------------- a run
 
-INSIDE = ("down", "mid", "attention", "side", "up")  # the U-Net's layers under Muon
 MUON = 5.0  # Muon's learning rate, over Adam's
 LOG = ["step", "loss", "grad_norm", "lr", "images_per_s", "minutes"]  # of log.csv
 
@@ -776,7 +780,8 @@ def load_checkpoint(folder, kinds):
         if {len(row) for row in rows} != {len(LOG)}:
             raise ValueError("its log")
     except Exception as e:
-        raise UserError(f"{path} is damaged or of another version: {e}") from e
+        why = str(e)[:200]  # of another network: the first names
+        raise UserError(f"{path} is damaged or of another version: {why}") from e
     fields = {"script": script, "args": args, "step": step, "rows": rows}
     return SimpleNamespace(**fields, saved=saved, net=net)
 
@@ -853,13 +858,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(net):
-    """Adam, and Muon for the matrices of layers named INSIDE (but not the "emb")."""
-    inside, rest = [], []
+    """Adam, and Muon for the matrices of the layers net.inside (but not their emb)."""
+    matrices, rest = [], []
+    inside = getattr(net, "inside", ())
     for name, p in net.named_parameters():
-        muon = p.dim() > 1 and name.startswith(INSIDE) and "emb" not in name
-        (inside if muon else rest).append(p)
+        muon = p.dim() > 1 and name.startswith(inside) and "emb" not in name
+        (matrices if muon else rest).append(p)
     adam = torch.optim.Adam(rest, fused=True)
-    return [adam, Muon(inside, net.dtype)] if inside else [adam]
+    return [adam, Muon(matrices, net.dtype)] if matrices else [adam]
 
 
 def orthogonal(X, steps=5):
@@ -1023,8 +1029,8 @@ def finish(args, draw, calls, name="", low=-1.0):
     name += f"-w{args.guidance:g}" if args.guidance else ""
     parts, frames, began = [], None, time.perf_counter()
     chunk = CHUNK["cuda" if "cuda" in args.device else "cpu"]
-    calls_of_one = calls * (2 if args.guidance else 1)
-    say(f"draw   {args.samples} images, {calls_of_one} evaluations of the network each")
+    nets = 2 if args.guidance else 1
+    say(f"draw   {args.samples} images, {nets * calls} evaluations of a network each")
     for first in range(0, args.samples, chunk):
         seed_all(args.seed, first)
         watch = Watch(calls)
@@ -1047,7 +1053,7 @@ def finish(args, draw, calls, name="", low=-1.0):
         rgb = x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
         with aside(f"{args.out}/samples{name}.npz") as f:
             np.savez(f, arr_0=rgb, labels=labels)
-    cost = f"{watch.count} calls each, {seconds:.0f} s"
+    cost = f"{nets * watch.count} evaluations each, {seconds:.0f} s"
     if "cuda" in args.device:
         most = torch.cuda.max_memory_allocated(args.device)
         cost += f", at most {most / 2**30:.1f} GiB"

@@ -1573,7 +1573,7 @@ class Training(Case):
 
     def test_muon_is_orthogonal_momentum(self):
         net = nn.ModuleDict({"up": nn.Conv2d(2, 30, 1)})
-        net.dtype = torch.float32
+        net.inside, net.dtype = ("up",), torch.float32
         _, opt = common.optimizers(net)
         opt.param_groups[0]["lr"] = 0.05
         p = net["up"].weight
