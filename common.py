@@ -791,7 +791,7 @@ def has_bf16(device):
     if "cuda" in str(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(cpu.get("amx_bf16"))  # with avx512_bf16 alone it is slower on Intel's
+    return bool(cpu.get("amx_bf16"))  # not for avx512_bf16 alone: see RESULTS.md
 
 
 def prepare(net, args):
@@ -925,7 +925,7 @@ def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
                 opt.step()
             net.zero_grad()
             decay = min(args.ema, (1 + step) / (10 + step))  # short at first
-            average = get_ema_multi_avg_fn(decay)
+            average = get_ema_multi_avg_fn(decay)  # decay ema + (1 - decay) net
             average([*ema.parameters()], [*net.parameters()], None)
             recent.append(torch.stack([l.detach(), norm]))
             done = step + 1

@@ -89,8 +89,7 @@ def command(module, *argv):
     """(exit status, stdout, stderr) of `python MODULE.py ARGV`, in this process."""
     argv = [f"{module.__name__}.py", *as_argv(*argv)]
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
-    err = io.StringIO()
-    code = 0
+    code, err = 0, io.StringIO()
     with patch(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
         try:
             common.cli(module.main)
@@ -442,9 +441,13 @@ class Diffusion(Case):
             refuses(words, ddpm.ddim, *args, 0.5, error=ValueError)
 
     def test_interpolation_codes_images_and_draws_them_back(self):
-        run = self.tiny(ddpm, "--T 300")
-        text = runs(ddpm, "--sample-only --interpolate --out", run)
-        self.assertRegex(text, r"back: [01]\.\d+ grey")
+        run = self.tiny(ddpm, "--T 300 --evaluate-bound 2")
+        bound = kept(run)[run / "bound.csv"]
+        draw = ddpm, "--sample-only --out", run
+        self.assertRegex(runs(*draw, "--interpolate"), r"back: [01]\.\d+ grey")
+        runs(*draw, "--evaluate-bound 2")
+        assert kept(run)[run / "bound.csv"] == bound  # as just after training
+        mistake("is other data", *draw, "--variance analytic --dataset colour-digits")
 
     def test_predictor(self):
         x, eps = randn(2, 20, 1, 2, 2)
@@ -858,10 +861,9 @@ class SDEs(Case):
                 near(sde.tweedie(sde.make_score(*args), e, x, t), D, 1e-4)
 
     def test_runs_of_both_kinds(self):
-        out = self.tiny(sde, "--sde edm")
-        judge = self.dir / "judge"
+        out = self.tiny(sde, "--sde edm --sigma-max 60")
+        judge, label = self.dir / "judge", self.dir / "label"
         self.tiny(sde, "--train-classifier --out", judge)
-        label = self.dir / "label"
         self.tiny(sde, "--classes --out", label)
         runs(sde, f"--sample-only --out={label} --guide={label} --guidance=1")
         draw = f"--sample-only --out={out} --samples=4 --sample-steps=3"
@@ -1334,9 +1336,9 @@ class Mistakes(Case):
         for script, text in {  # the sentence names the first word
             ddpm: "--seed -1; --device cuda:77; --steps 1.5; --lr nan; --width 12; "
             "--label 3; --precision fp16; --dataset nowhere; --step 3; --T 0; "
-            "--guidance 1",
+            "--guidance 1; --variance beta --sampler ddim",
             ncsn: "--levels 0; --sigma-min 9; --sigma-max inf",
-            sde: "--guidance 1; --sde vpsde; --T 1",
+            sde: "--guidance 1; --sde vpsde; --T 1; --sigma-max 9",
         }.items():
             for flags in text.split(";"):
                 mistake(flags.split()[0], script, SMALL, "--out", self.out, flags)
@@ -1908,8 +1910,7 @@ def classifier(name, data_dir):
         layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width)]
         layers += [nn.ReLU(), nn.MaxPool2d(2)]
         c = width
-    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-    layers += [nn.Linear(4 * c, 128), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * c, 128), nn.ReLU()]
     common.seed_all(0)
     net = nn.Sequential(*layers, nn.Linear(128, int(labels.max()) + 1))
     path = Path(data_dir, Path(name).name, "classifier.pt")
@@ -1962,8 +1963,7 @@ def judge(x, asked, name, data_dir):
     floor = sum(frechet(part, real) for part in sets) / len(sets)
     distance = frechet(f, real)
     row = {"N": N, "frechet": distance, "floor": floor, "ratio": distance / floor}
-    row["precision"] = inside(real, f)
-    row["recall"] = inside(f, real)
+    row |= {"precision": inside(real, f), "recall": inside(f, real)}
     row["sure"] = (p.amax(1) > 0.95).double().mean().item()
     row["nearest"] = nearest(x, images) / nearest(test[:N], images)
     if len(asked):
