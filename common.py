@@ -1,12 +1,8 @@
-"""What no paper owns: noise schedules, data sets, a U-Net, training runs, pictures."""
+"""Shared code: noise schedules, data sets, the U-Net, training runs, pictures."""
 
 import argparse
 import contextlib
 import copy
-import ctypes
-import gzip
-import hashlib
-import http.client
 import io
 import math
 import os
@@ -14,10 +10,19 @@ import sys
 import tarfile
 import time
 import urllib.request
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+# Read when torch is loaded: threads that spin while waiting slow other programs down.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
@@ -27,62 +32,80 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs
+CUDA = torch.cuda.is_available()
+CHUNK = 500 if CUDA else 20  # images sampled at once, always this many
+ON_OFF = argparse.BooleanOptionalAction  # --flag or --no-flag
+PATH = os.path.expanduser  # the type of a flag
+
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence, what is wrong and the cure."""
+    """An error the user can fix; one sentence says what is wrong and what to do."""
+
+
+@contextlib.contextmanager
+def blame(culprit):
+    """Turn any exception in this block into one sentence that names the culprit."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as e:  # a damaged file raises any of a dozen types
+        why = " ".join(str(e).split())[:200] or type(e).__name__
+        raise UserError(f"{culprit}: {why}") from e
 
 
 def cli(main):
-    """Run main(); a mistake is one sentence and exit status 2, Ctrl-C one and 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may not be printable
+    """Run main(). A user error prints one sentence and exits with 2, Ctrl-C 130."""
+    with contextlib.suppress(AttributeError):  # a notebook's stdout is no file
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        return main()
+        return main(sys.argv[1:])
     except BrokenPipeError:  # as in: python ncsn.py | head
         os._exit(0)
-    except KeyboardInterrupt as e:
-        code, why = 130, str(e) or "stopped; a run goes on with --resume"
-    except torch.OutOfMemoryError:
-        code, why = 2, "out of memory: lower --batch-size or --width"
+    except KeyboardInterrupt:
+        code, why = 130, f"stopped; {Run.note}"
     except (UserError, OSError) as e:
-        code, why = 2, e
-    sentence = " ".join(str(why).split())
-    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr, flush=True)
+        code, why = 2, " ".join(str(e).split())
+    except (MemoryError, RuntimeError) as e:
+        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if not memory and "allocate memory" not in str(e):
+            raise
+        code, why = 2, "out of memory: lower --batch-size, --width or --size"
+    if rank() == 0:
+        print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        os._exit(code)  # the other processes wait for this one: no orderly farewell
+        os._exit(code)  # the other processes wait for this one
     sys.exit(code)
 
 
 def rank():
     """Which process of torchrun this is; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
-def say(text):
-    """Print a line at once, in the first process only."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
-@contextlib.contextmanager
-def aside(path):
-    """Open a file beside PATH, and rename it to PATH in the end: never half a file."""
-    part = Path(f"{path}.{rank()}.part")  # of a killed process: written over
+def write(path, save):
+    """save(file) next to PATH, then rename: PATH is never half written, nor a link."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            yield f
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as f:
+            save(f)
         part.replace(path)
     except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror or e})") from e
+        cure = "name another --out, or --to with --sample-only"
+        raise UserError(f"cannot write {path} ({e.strerror or e}): {cure}") from e
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
 
 
-def save_csv(path, header, rows):
-    """Write rows of numbers under their names, all or nothing."""
-    with aside(path) as f:
-        np.savetxt(f, [*rows], "%.8g", ",", header=",".join(header), comments="")
+def write_csv(path, header, rows):
+    """Write rows of numbers below their names."""
+    how = {"fmt": "%.8g", "delimiter": ",", "header": header, "comments": ""}
+    write(path, lambda f: np.savetxt(f, rows, **how))
 
 
 # ---------------------------------------------------------------------- noise schedules
@@ -94,126 +117,90 @@ def geometric_sigmas(sigma_max, sigma_min, L):
     return torch.logspace(*ends, L, dtype=torch.float64)
 
 
-def linear_betas(T, beta_1=1e-4, beta_T=0.02):
-    """(T,) float64: beta_1 ... beta_T in equal steps (DDPM, section 4)."""
-    return torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
-
-
-def cosine_betas(T, s=0.008, beta_max=0.999):
-    """(T,) float64: beta_t = 1 - f(t) / f(t - 1) (improved DDPM, eq. 17)."""
-    t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = ((t + s) / (1 + s) * math.pi / 2).cos().square()
-    return (1 - f[1:] / f[:-1]).clamp(max=beta_max)
-
-
 def karras_sigmas(N, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """(N + 1,) float64: N levels from sigma_max to sigma_min, then 0 (EDM, eq. 5)."""
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return F.pad(torch.linspace(*ends, N, dtype=torch.float64) ** rho, (0, 1))
 
 
-def per_sample(v, x):
-    """v (B,) in the type of x (B, ...) and in a shape that multiplies it."""
-    if v.shape != x.shape[:1]:
-        raise ValueError(f"one value a sample: {tuple(v.shape)} for {len(x)} samples")
-    return v.to(x).view(-1, *[1] * (x.dim() - 1))
-
-
 def each(v, x):
-    """(B,) of a number or of (B,), in the type and on the device of x (B, ...)."""
+    """A number or (B,) as (B,), with the dtype and device of x (B, ...)."""
     return torch.as_tensor(v, dtype=x.dtype, device=x.device).expand(len(x))
 
 
+def per_sample(v, x):
+    """The same, shaped to multiply x."""
+    return each(v, x).view(-1, *[1] * (x.dim() - 1))
+
+
 def hide(label, p_null=0.1):
-    """The labels (B,), each -1, "no class", with probability p_null; or None."""
+    """Labels (B,), each set to -1, "no class", with probability p_null; or None."""
     if label is None:
         return None
     return label.where(torch.rand(len(label), device=label.device) >= p_null, -1)
 
 
-def check_labels(label, classes):
-    """ValueError unless the labels (B,) are of the classes that a network knows."""
-    if not classes:
-        raise ValueError("labels for a network that was trained without --classes")
-    if label.device.type == "cpu" and not -1 <= label.min() <= label.max() < classes:
-        raise ValueError(f"labels go from 0 to {classes - 1}; -1 is no class")
-
-
 def seed_all(*numbers):
-    """Seed torch with whole numbers, mixed: of a seed a CPU uses 32 bits only."""
+    """Seed torch from several integers hashed into one (CPUs use only 32 bits)."""
     mixed = np.random.SeedSequence([n + 1 for n in numbers])  # a 0 would be no number
     torch.manual_seed(int(mixed.generate_state(1)[0]))
 
 
 # --------------------------------------------------- data sets: uint8 images and labels
 
-MIRRORS = {  # the second address is tried where the first fails
-    "mnist": [
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    ],
-    "fashion-mnist": [
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-    ],
-    "cifar10": [
-        "https://www.cs.toronto.edu/~kriz/",
-        "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/",
-    ],
-}
 DRAWN = ["digits", "colour-digits"]  # by draw_digits()
-SETS = [*DRAWN, *MIRRORS]
-TORCHVISION = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
-SHA256 = {  # of the files, decompressed
-    "mnist/train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "mnist/train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "mnist/t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "mnist/t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    "fashion-mnist/train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "fashion-mnist/train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "fashion-mnist/t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "fashion-mnist/t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+MIRRORS = {
+    "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "fashion-mnist": "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/",
 }
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # of the archive, as published
+SETS = ", ".join([*DRAWN, *MIRRORS])
 PICTURES = ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .tga"
-
-
-def is_folder(name):
-    """Whether a data set is a folder of pictures, which has no test images."""
-    return name not in SETS and not any(Path(name).glob("*images?idx3*"))
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+LARGEST = 2**30  # bytes of a file of a data set, decompressed
 
 
 def load_images(name, split="train", data_dir="data", size=None):
-    """uint8 images (N, C, H, W), int64 labels (N,) or None, of a set or a folder.
+    """A data set or a folder: uint8 images (N, C, H, W), int64 labels (N,) or None, and
+    the names of the classes.
 
-    Drawn or downloaded where missing; prints what was found. size: of the squares that
-    pictures of a folder are cropped to. UserError names the file and the cure.
+    Rendered, or downloaded if missing; prints what was found. A folder has pictures
+    (size: cropped to such squares), or MNIST's four files. UserError names the cure.
     """
-    note = ""
+    names, note = [], ""
     if name in DRAWN:
         images, labels = draw_digits(split, colour=name == "colour-digits")
     elif name == "cifar10":
         images, labels = read_cifar10(Path(data_dir, name), split)
-    elif not is_folder(name):
-        images = read_idx(name, split, "images", data_dir)[:, None]
-        labels = read_idx(name, split, "labels", data_dir).long()
-    elif split == "test":
-        raise UserError(f"{name} is a folder of pictures: it has no test images")
+    elif name in MIRRORS or any(Path(name).glob("t*-idx3-ubyte*")):
+        folder = Path(data_dir, name) if name in MIRRORS else Path(name)
+        images = read_idx(folder, split, "images", MIRRORS.get(name))[:, None]
+        labels = read_idx(folder, split, "labels", MIRRORS.get(name)).long()
     else:
-        images, labels, note = read_folder(Path(name), size)
+        images, labels, names, note = read_folder(Path(name), split, size)
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise UserError(f"{name}: images must be uint8, (N, C, H, W)")
     N, C, H, W = images.shape
     if not images.numel() or labels is not None and len(labels) != N:
         raise UserError(f"{name} has {N} images of {H} x {W}, {len(labels)} labels")
-    classes = "" if labels is None else f", {int(labels.max()) + 1} classes"
-    kind = f"{C} x {H} x {W}, {'grey' if C == 1 else 'colour'}{classes}"
-    say(f"data   {name}: {N} pictures, {kind}{note}")
-    return images, labels
+    if size and H != W:
+        raise UserError(f"--size wants squares: the images of {name} are {H} x {W}")
+    if size and size != H:
+        how = {"size": (size, size), "mode": "bilinear", "antialias": True}
+        images = F.interpolate(images.float(), **how).round().byte()
+    if labels is not None and not names:
+        names = [str(k) for k in range(int(labels.max()) + 1)]
+    shape = " x ".join(map(str, images.shape[1:]))
+    kind = f"{shape}, {'grey' if C == 1 else 'colour'}"
+    kind += f", {len(names)} classes" if names else ""
+    print(f"data   {name}: {N} images to {split} on, {kind}{note}")
+    return images, labels, names
 
 
 def draw_digits(split, colour=False, size=28):
     """Digits in Pillow's own font, in three stroke widths and random quadrilaterals.
 
-    colour: in a random hue, of which the mean of the channels tells nothing.
+    colour: in a random hue that cannot be inferred from the mean of the channels.
     """
     n = 60_000 if split == "train" else 10_000
     font = ImageFont.load_default(96)
@@ -235,163 +222,149 @@ def draw_digits(split, colour=False, size=28):
     return torch.from_numpy(images), torch.from_numpy(which // 3)
 
 
-def unzipped(raw):
-    """The bytes, decompressed if they are a gzip; none if they are damaged."""
-    if raw[:2] != b"\x1f\x8b":
-        return raw
-    with contextlib.suppress(OSError, EOFError, zlib.error):
-        return gzip.decompress(raw)
-    return b""
+def download(path, mirror):
+    """Download the file of this name from a mirror to PATH."""
+    print(f"fetch  {mirror}{path.name}")
+    cure = f"put it into {path.parent} by hand, or give --data-dir"
+    with blame(f"cannot download {path.name} ({cure})"):
+        raw = urllib.request.urlopen(mirror + path.name, timeout=30).read()
+    write(path, lambda f: f.write(raw))
 
 
-def download(path, name, right):
-    """Fetch PATH from the first mirror of the set whose bytes are right(bytes)."""
-    failures = []
-    for url in [mirror + path.name for mirror in MIRRORS[name]]:
-        say(f"fetch  {url}")
-        try:
-            with urllib.request.urlopen(url, timeout=30) as response:
-                raw = response.read()
-            if not right(raw):
-                raise OSError("another file, by its checksum")
-            with aside(path) as f:
-                f.write(raw)
-            return
-        except (OSError, http.client.HTTPException) as e:
-            failures.append(f"{url} ({e})")
-    cure = f"put it into {path.parent} by hand, or say with --data-dir where {name} is"
-    raise UserError(f"cannot download {path.name}: {cure}. Tried {', '.join(failures)}")
-
-
-def read_idx(name, split, kind, data_dir):
-    """The bytes of an IDX file, images (N, H, W) or labels (N,), of a set or folder."""
+def read_idx(folder, split, kind, mirror=None):
+    """An IDX file named like MNIST's, as images (N, H, W) or labels (N,), uint8."""
     ndim = 3 if kind == "images" else 1
-    parts = ["train"] if split == "train" else ["t10k", "test"]
-    stem = f"{parts[0]}-{kind}-idx{ndim}-ubyte"
-    folders = [Path(name)]
-    if name in MIRRORS:
-        folders = [Path(data_dir, name), Path(data_dir, TORCHVISION[name])]
-    ends = [f"{part}-{kind}?idx{ndim}?ubyte{z}" for part in parts for z in ("", ".gz")]
-    paths = [p for f in folders for end in ends for p in f.glob(f"*{end}")]
-    wanted = SHA256.get(f"{name}/{stem}")  # None: of your own
-
-    def right(raw):
-        return wanted in (None, hashlib.sha256(unzipped(raw)).hexdigest())
-
-    if not paths and name in MIRRORS:
-        paths = [folders[0] / f"{stem}.gz"]
-        download(paths[0], name, right)
-    if len({p.name.removesuffix(".gz") for p in paths}) != 1:
-        raise UserError(f"{name} has {len(paths)} files like {stem}, not one")
-    raw = paths[0].read_bytes()
-    if not right(raw):
-        cure = f"move it away, or say that it is yours: --dataset {paths[0].parent}"
-        raise UserError(f"{paths[0]} is damaged, or not the {stem} of {name}: {cure}")
-    raw = unzipped(raw)
-    head = raw[: 4 + 4 * ndim].ljust(4 + 4 * ndim)
-    shape = np.frombuffer(head[4:], ">u4").tolist()
-    data = np.frombuffer(raw[len(head) :], np.uint8)
-    if head[:4] != bytes([0, 0, 8, ndim]) or math.prod(shape) != len(data):
-        raise UserError(f"{paths[0]} is damaged, or no IDX file of {ndim} dimensions")
-    return torch.tensor(data.reshape(shape))
+    path = folder / f"{'t10k' if split == 'test' else split}-{kind}-idx{ndim}-ubyte"
+    path = path if path.is_file() else Path(f"{path}.gz")
+    if mirror and not path.exists():
+        download(path, mirror)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    with blame(f"{path} is no IDX file of {ndim} dimensions, or damaged"):
+        raw = path.read_bytes()
+        if raw[:2] == bytes([31, 139]):
+            gzip = zlib.decompressobj(31)
+            raw = gzip.decompress(raw, LARGEST)
+            if not gzip.eof:
+                raise ValueError("it ends early, or is too large")
+        if raw[:4] != bytes([0, 0, 8, ndim]):
+            raise ValueError("its first bytes")
+        data = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
+        return torch.tensor(data.reshape(np.frombuffer(raw, ">u4", ndim, 4)))
 
 
 def read_cifar10(folder, split):
-    """Images and labels in CIFAR-10's binary archive, which is never extracted."""
+    """Images and labels from CIFAR-10's binary archive, which is not unpacked."""
     path = folder / "cifar-10-binary.tar.gz"
-    names = ["test_batch.bin"]
-    if split == "train":
-        names = [f"data_batch_{i}.bin" for i in range(1, 6)]
     if not path.exists():
-        md5 = CIFAR10_MD5
-        download(path, "cifar10", lambda raw: hashlib.md5(raw).hexdigest() == md5)
-    try:
-        with tarfile.open(fileobj=io.BytesIO(unzipped(path.read_bytes()))) as tar:
-            files = {Path(m.name).name: m for m in tar if m.isfile()}
-            raw = b"".join(tar.extractfile(files[name]).read() for name in names)
+        download(path, MIRRORS["cifar10"])
+    part = "data_batch" if split == "train" else "test_batch"
+    with blame(f"{path} is damaged"), tarfile.open(path, "r:gz") as tar:
+        files = [tar.extractfile(f) for f in tar if f.isfile() and part in f.name]
+        raw = b"".join(file.read(LARGEST // 5) for file in files)
         rows = torch.tensor(np.frombuffer(raw, np.uint8).reshape(-1, 3073))
-    except (tarfile.TarError, LookupError, ValueError) as e:
-        raise UserError(f"{path} is damaged or another file ({e}): move it away") from e
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
 
 
 def read_picture(path, size=None):
-    """The pages of a picture, arrays (H, W, 3) uint8; what is transparent is white.
-
-    size: cropped to a square. UserError names a picture that cannot be read.
-    """
+    """Pages uint8 (3, H, W) of a picture, cropped to squares: of a photograph the
+    first, of a TIFF or GIF all. What is transparent is white."""
     pages = []
-    try:
-        with Image.open(path) as im:
-            for page in ImageSequence.Iterator(im):
-                W, H = page.size
-                if not size and W * H > 512 * 512:
-                    raise ValueError(f"{W} x {H} is large: give --size, say 32")
-                if page.mode[0] in "FI":
-                    raise ValueError("its values are larger than bytes: save 8 bits")
-                page = ImageOps.exif_transpose(page).convert("RGBA")
-                white = Image.new("RGBA", page.size, "white")
-                page = Image.alpha_composite(white, page).convert("RGB")
-                if size:
-                    page = ImageOps.fit(page, (size, size), Image.Resampling.LANCZOS)
-                pages.append(np.asarray(page))
-    except Exception as e:  # a damaged picture raises any of half a dozen types
-        raise UserError(f"cannot read {path} ({e})") from e
+    with blame(f"cannot read {path}"), Image.open(path) as im:
+        several = im.format in ("TIFF", "GIF")
+        if several and im.n_frames > 1000:
+            raise ValueError(f"its {im.n_frames} pages are more than 1000")
+        for page in ImageSequence.Iterator(im) if several else [im]:
+            W, H = page.size
+            if not size and W * H > 512 * 512:
+                raise ValueError(f"{W} x {H} is large: pass --size, e.g. 32")
+            if page.mode[0] in "FI":
+                raise ValueError("its pixels exceed 8 bits: save an 8-bit image")
+            page = ImageOps.exif_transpose(page).convert("RGBA")
+            white = Image.new("RGBA", page.size, "white")
+            page = Image.alpha_composite(white, page).convert("RGB")
+            if size:
+                page = ImageOps.fit(page, (size, size), Image.Resampling.LANCZOS)
+            pages.append(np.array(page).transpose(2, 0, 1))
     return pages
 
 
 def as_images(pages):
-    """uint8 images (N, C, H, W) of arrays (H, W, 3); C = 1 if all look grey."""
-    images = torch.from_numpy(np.stack(pages)).permute(0, 3, 1, 2)
-    if (images == images[:, :1]).all():
-        images = images[:, :1]
-    return images.contiguous()
+    """uint8 images (N, C, H, W) of pages (N, 3, H, W); C = 1 if all look grey."""
+    grey = all((page == page[:1]).all() for page in pages)
+    return pages[:, :1].contiguous() if grey else pages
 
 
-def files_below(folder):
-    """Paths of the files below a folder, sorted, each once, also behind links.
-
-    Hidden files, __MACOSX and folders of a run are passed over.
-    """
-    seen = set()
+def pictures_below(folder):
+    """(paths of the pictures below a folder, sorted; how many others, by suffix): each
+    folder once, following links; hidden ones, __MACOSX and runs are skipped."""
+    pictures, others, seen = [], Counter(), set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in seen or is_run(parent):
+        if real in seen or "ckpt.pt" in files:
             folders.clear()
             continue
         seen.add(real)
         folders[:] = [d for d in sorted(folders) if d[0] != "." and d != "__MACOSX"]
-        yield from [Path(parent, f) for f in sorted(files) if f[0] != "."]
+        for path in [Path(parent, f) for f in files if f[0] != "."]:
+            if path.suffix.lower() in PICTURES.split() and path.is_file():
+                pictures.append(path)
+            else:
+                others[path.suffix or "without a suffix"] += 1
+    return sorted(pictures), others
 
 
-def read_folder(folder, size=None):
-    """(images, labels, note) of a folder of pictures; sub-folders are the classes."""
-    if not folder.is_dir():
-        raise UserError(f"--dataset {folder} is neither a folder nor {', '.join(SETS)}")
-    pages, classes, skipped = [], [], Counter()
-    for path in files_below(folder):
-        if path.suffix.lower() not in PICTURES.split():
-            skipped[path.suffix or path.name] += 1
+def class_names(folder, files):
+    """The sub-folders of the files, numbers in their order; [] if a file is in none."""
+    if any(path.parent == folder for path in files):
+        return []
+    names = {path.relative_to(folder).parts[0] for path in files}
+    if {name.lower() for name in names} <= SPLITS:
+        raise UserError(
+            f"{folder} holds {sorted(names)}: name one of them in --dataset"
+        )
+    return sorted(names, key=lambda n: (int(n) if n.isdecimal() else math.inf, n))
+
+
+def read_folder(folder, split, size=None):
+    """(images, labels or None, class names, a note) of a folder's pictures, every
+    tenth for testing; sub-folders are the classes."""
+    files, others = pictures_below(folder)
+    chosen = [f for k, f in enumerate(files) if (k % 10 == 9) == (split == "test")]
+    if not files:
+        raise UserError(f"--dataset {folder} is none of {SETS}, nor has it pictures")
+    if not chosen:
+        words = f"has {len(files)} pictures; every tenth is for testing"
+        raise UserError(f"--dataset {folder} {words}: none to {split} on")
+    names = class_names(folder, files)
+    raw, shapes, labels, bad = bytearray(), set(), [], []
+    for path in chosen:
+        try:
+            pages = read_picture(path, size)
+        except UserError as e:
+            bad.append(str(e))
             continue
-        new = read_picture(path, size)
-        pages += new
-        classes += [path.relative_to(folder).parts[:-1][:1]] * len(new)
-        if any(page.shape != pages[0].shape for page in new):
-            raise UserError(f"{path} is not of the size of the others: give --size 32")
-    if not pages:
-        raise UserError(f"{folder} holds no picture: {PICTURES}")
-    labels, names = None, sorted(set(classes))
-    if all(names):
-        labels = torch.tensor([names.index(name) for name in classes])
-    note = ", ".join(f"{n} {suffix}" for suffix, n in skipped.items())
-    return as_images(pages), labels, note and f"; skipped {note}"
+        for page in pages:
+            raw += page.tobytes()
+            shapes.add(page.shape)
+        if names:
+            labels += [names.index(path.relative_to(folder).parts[0])] * len(pages)
+    if bad:
+        words = f"{len(bad)} of {len(chosen)} pictures are of no use"
+        raise UserError(f"{words}: {'; '.join(bad[:10])}")
+    if len(shapes) > 1:
+        raise UserError(f"the pictures in {folder} differ in size: pass --size 32")
+    images = as_images(torch.frombuffer(raw, dtype=torch.uint8).view(-1, *shapes.pop()))
+    skipped = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(9))
+    note = f"; skipped {skipped}" if skipped else ""
+    return images, torch.tensor(labels) if names else None, names, note
 
 
 # -------------------------------------------------------------------------- the network
 
 
 def zero(layer):
-    """The layer with weights 0: a residual branch begins as the identity."""
+    """The layer with zero weights: a residual block starts as the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -407,13 +380,12 @@ class Norm(nn.LayerNorm):
 class Block(nn.Module):
     """Residual block; the embedding scales and shifts its second normalisation."""
 
-    def __init__(self, c_in, c_out, c_emb, dropout):
+    def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1 = Norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = zero(nn.Linear(c_emb, 2 * c_out))
         self.norm2 = Norm(c_out)
-        self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
@@ -421,11 +393,11 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        return self.skip(x) + self.conv2(F.silu(h))
 
 
 class Attention(nn.Module):
-    """Every pixel looks at every other."""
+    """Self-attention over all pixels."""
 
     def __init__(self, c):
         super().__init__()
@@ -447,21 +419,15 @@ class UNet(nn.Module):
     """net(x, noise, label=None): x (B, C, H, W); noise (B,), log sigma or t; label (B,)
 
     Label -1, or None, is "no class". Returns 0 before training, float32 like x;
-    with .dtype = torch.bfloat16 it multiplies in bfloat16. mult: widths of the levels
-    over width; patch: pixels squared seen as one; out: channels returned, or 0: as x.
+    with .dtype = torch.bfloat16 it multiplies in bfloat16. mult: width of each level
+    relative to width; out: output channels, if not those of x.
     """
 
-    inside = ("down", "mid", "attention", "side", "up")  # its layers under Muon
-
-    def __init__(
-        self, channels, width=32, patch=1, classes=0, dropout=0, out=0, mult=(1, 2, 2)
-    ):
+    def __init__(self, channels, width=32, classes=0, out=None, mult=(1, 2, 2)):
         super().__init__()
-        if width % 8:
-            raise UserError(f"--width {width} is not a multiple of 8")
+        if width % 2:
+            raise UserError(f"--width {width} is odd: it must be even")
         self.dtype = torch.float32
-        self.patch = patch
-        mult = mult if patch == 1 else mult[:-1]  # 28 is 4 times an odd number
         c_emb = 4 * width
         # in radians: neighbouring levels of log sigma stay alike, t = 1 and 1000 differ
         frequencies = torch.logspace(math.log10(2), math.log10(0.002), width // 2)
@@ -469,49 +435,42 @@ class UNet(nn.Module):
         self.embed = nn.Sequential(
             nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb)
         )
-        self.classes = classes
         self.label = nn.Embedding(classes + 1, c_emb) if classes else None
 
         widths = [width * m for m in mult]
-        self.conv_in = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.ModuleList()
         for c, w in zip([width, *widths], widths):
-            self.down.append(Block(c, w, c_emb, dropout))
+            self.down.append(Block(c, w, c_emb))
         c = widths[-1]
-        self.mid1 = Block(c, c, c_emb, dropout)
+        self.mid1 = Block(c, c, c_emb)
         self.attention = Attention(c)
-        self.mid2 = Block(c, c, c_emb, dropout)
+        self.mid2 = Block(c, c, c_emb)
         self.side = nn.ModuleList()
         self.up = nn.ModuleList()
         for c_below, w in zip([c, *widths[::-1]], widths[::-1]):
             self.side.append(nn.Conv2d(c_below, w, 1))
-            self.up.append(Block(w, w, c_emb, dropout))
+            self.up.append(Block(w, w, c_emb))
         self.norm = Norm(width)
-        out = (out or channels) * patch**2
-        self.conv_out = zero(nn.Conv2d(width, out, 3, padding=1))
-
-    def check(self, shape):
-        """UserError unless images of this shape C, H, W can be halved."""
-        factor = self.patch * 2 ** (len(self.down) - 1)
-        if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
-            words = f"images of {list(shape)} do not fit the U-Net"
-            raise UserError(f"{words}: H and W must be multiples of {factor}")
+        self.conv_out = zero(nn.Conv2d(width, out or channels, 3, padding=1))
 
     def forward(self, x, noise, label=None):
-        self.check(x.shape[1:])
+        H, W = x.shape[2:]
+        factor = 2 ** (len(self.down) - 1)
+        if H % factor or W % factor:
+            raise UserError(f"the U-Net needs multiples of {factor}, not {H} x {W}")
         angle = per_sample(noise, x).view(-1, 1) * self.frequencies  # (B, width / 2)
         emb = self.embed(torch.cat([angle.cos(), angle.sin()], dim=1))
-        if label is not None:
-            check_labels(label, self.classes)
         if self.label is not None:
             if label is None:
                 label = torch.full((len(x),), -1, device=x.device)
             emb = emb + self.label(label + 1)  # -1: the first row
+        elif label is not None:
+            raise ValueError("labels for a network that was trained without --classes")
         emb = F.silu(emb)
 
-        h = F.pixel_unshuffle(x, self.patch)
         with torch.autocast(x.device.type, self.dtype, self.dtype != torch.float32):
-            h = self.conv_in(h).contiguous(memory_format=torch.channels_last)
+            h = self.conv_in(x).contiguous(memory_format=torch.channels_last)
             skips = []
             for k, block in enumerate(self.down):
                 h = block(F.avg_pool2d(h, 2) if k > 0 else h, emb)
@@ -522,566 +481,501 @@ class UNet(nn.Module):
                 h = F.interpolate(h, scale_factor=2.0) if k > 0 else h
                 h = block(h + skips.pop(), emb)
             h = self.conv_out(F.silu(self.norm(h)))
-        return F.pixel_shuffle(h.float(), self.patch)
+        return h.float()
 
 
-def unet(args, out=None, kind=UNet):
-    """The U-Net of a run's settings. Another network has its arguments, .check, .dtype,
-    .inside, and forward(x, noise, label), whose label is -1 or None for "no class"."""
-    C = args.shape[0]
-    net = kind(C, args.width, args.patch, args.n_classes, args.dropout, out)
-    net.check(args.shape)
-    return net
+def guided(net, label=None, w=0.0, guide=None):
+    """net(x, noise) with guidance: (1 + w) net(x, noise, label) - w weaker.
+
+    weaker: the same without label (classifier-free guidance, arXiv:2207.12598), or the
+    guide, a weaker network of this kind (autoguidance, arXiv:2406.02507, whose w is
+    1 + w here). Output channels beyond those of x are left unchanged.
+    """
+    if w and label is None and guide is None:
+        raise ValueError("guidance needs labels (B,), or a guide")
+
+    def guided_net(x, noise, *_):  # the label is fixed
+        out = net(x, noise, label)
+        if not w:
+            return out
+        if guide:
+            worse = guide(x, noise, label)
+        else:
+            worse = net(x, noise, torch.full_like(label, -1))
+        C = x.shape[1]
+        better = (1 + w) * out[:, :C] - w * worse[:, :C]
+        return torch.cat([better, out[:, C:]], dim=1)
+
+    return guided_net
 
 
 # ---------------------------------------------------------------------------- the flags
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, to which a mistake is one sentence."""
+    """argparse whose errors are a single sentence."""
+
+    def __init__(self, doc):
+        how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(description=doc, allow_abbrev=False, **how)
 
     def error(self, message):
-        raise UserError(message)
+        raise UserError(f"{message}; see --help")
+
+    def read(self, argv):
+        """Parse the flags; --paper makes the paper's settings the defaults.
+
+        UserError for a number below 0, or 0 where that makes no sense.
+        """
+        args = self.parse_args(argv)
+        if getattr(args, "paper", False):
+            self.set_defaults(**self.paper(args))
+            args = self.parse_args(argv)
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            flag = "--" + action.dest.replace("_", "-")
+            positive = action.default is None or action.type is int and action.default
+            wrong = isinstance(value, (int, float)) and not 0 <= value < 2**63
+            if wrong or (positive and value == 0):
+                self.error(f"{flag} {value} is out of range")
+            if action.type is PATH and str(value)[:1] == "~":
+                self.error(f"{flag} {value}: there is no such home folder")
+        return args
 
 
-def number(kind, low, high=1e9):
-    """An argparse type: an int or a float from low to high."""
+def arguments(script, doc, paper=None):
+    """The flags that all scripts share; each script adds its own.
 
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} ... {high:g}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def path(text):
-    """An argparse type: a path, ~ being the home folder."""
-    return str(Path(text).expanduser())
-
-
-def device(text):
-    """An argparse type: a device that can be used here."""
-    try:
-        torch.empty(0, dtype=torch.float64, device=text)  # mps has none
-    except (RuntimeError, AssertionError, TypeError) as e:
-        why = str(e).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({why})") from e
-    return text
-
-
-COUNT = number(int, 1)
-SCALE = number(float, 1e-9)
-SHARE = number(float, 0, 0.999999)
-WEIGHT = number(float, 0)
-SEED = number(int, 0, 2**63 - 1)
-CHUNK = {"cpu": 20, "cuda": 500}  # images drawn at once, always so many
-
-
-def arguments(doc):
-    """The flags that all scripts share; a script adds its papers' own.
-
-    p.settled: kept in a checkpoint for good; p.kept: kept, and changed by the flag; all
-    others belong to one command.
+    p.settled: stored in the checkpoint and fixed; p.kept: stored, a later flag wins;
+    all others are for one command. paper(args): the settings of the paper, by name.
     """
-    form = argparse.RawDescriptionHelpFormatter
-    p = Parser(description=doc, formatter_class=form, allow_abbrev=False)
-    p.kept = p.add_argument_group("kept with the run, and changed by the flag")
-    p.settled = p.add_argument_group("settled when a run starts")
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    p = Parser(doc)
+    p.paper = paper
+    p.set_defaults(script=script, shape=None, n_classes=0, names=[], suffix="")
+    p.kept = p.add_argument_group("stored with the run; a later flag overrides it")
+    p.settled = p.add_argument_group("fixed when training starts")
+    p.sampling = p.add_argument_group("how to sample")
+    p.groups = p.kept, p.settled, p.sampling
     add = p.kept.add_argument
-    sets = f"{', '.join(SETS)} or a FOLDER (%(default)s)"
-    add("--dataset", type=path, default="digits", help=sets)
-    add("--data-dir", type=path, default="data", help="where data sets are kept")
-    add("--steps", type=COUNT, help="of training (6000; digits 2000)")
-    add("--seed", type=SEED, default=0, help="of all that is random (%(default)s)")
+    add("--dataset", type=PATH, default="digits", help=f"{SETS}, or a FOLDER (digits)")
+    add("--data-dir", type=PATH, default="data", help="where data sets are kept (data)")
+    add("--steps", type=int, help="training steps (6000; digits: 2000)")
+    add("--seed", type=int, default=0, help="random seed (0)")
     add = p.settled.add_argument
-    add("--size", type=COUNT, help="crop a folder's pictures to SIZE pixels squared")
-    add("--batch-size", type=COUNT, help="images a step (32; on CUDA 256)")
-    add("--lr", type=SCALE, default=1e-3, help="Adam's largest (0.001); Muon's is 5x")
-    add("--ema", type=SHARE, default=0.999, help="decay of averaged weights (0.999)")
-    add("--width", type=COUNT, help="channels at full resolution (32; on CUDA 64)")
-    add("--patch", type=COUNT, default=1, help="pixels squared seen as one (1)")
-    add("--dropout", type=SHARE, default=0.0, help="in the U-Net's blocks (0)")
-    add("--classes", action="store_true", help="train with labels, one in ten hidden")
+    words = "the paper's settings; steps, batch, network and average stay ours"
+    add("--paper", action="store_true", help=words)
+    add("--size", type=int, help="scale and crop pictures to SIZE x SIZE")
+    add("--batch-size", type=int, help="images per step (32; on CUDA 256)")
+    words = "muon for the matrices inside the network, else adam (%(default)s)"
+    add("--optimizer", choices=["muon", "adam"], default="muon", help=words)
+    add("--lr", type=float, default=1e-3, help="peak learning rate (0.001); Muon: 5x")
+    words = "no decay of the learning rate after its warm-up"
+    add("--constant-lr", action=ON_OFF, default=False, help=words)
+    add("--ema", type=float, default=0.999, help="EMA decay of the weights (0.999)")
+    add("--width", type=int, help="channels at full resolution (32; on CUDA 64)")
+    add("--classes", action="store_true", help="train with labels, one in ten dropped")
     add = p.add_argument
-    add("--out", type=path, help="folder of the run (runs/SCRIPT-DATASET)")
-    add("--resume", action="store_true", help="go on from OUT/ckpt.pt, to the last bit")
-    add("--sample-only", action="store_true", help="draw from OUT/ckpt.pt")
-    add("--overwrite", action="store_true", help="start anew where a run is")
-    add("--device", type=device, default=auto, help="cpu, cuda, ... (%(default)s)")
-    words = "of matrix products (auto: bf16 if the hardware is faster)"
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=words)
-    add("--samples", type=COUNT, default=100, help="images to draw (%(default)s)")
-    add("--npz", action="store_true", help="also OUT/samples.npz, for --judge and FID")
-    add("--label", type=number(int, 0), help="draw this class only (all in turn)")
-    add("--guidance", type=WEIGHT, default=0.0, help="w, of --classes or --guide (0)")
-    words = "a worse RUN of this kind, to be led away from; sde.py: or a classifier"
-    add("--guide", type=path, help=words)
+    add("--out", type=PATH, help="folder of the run (runs/SCRIPT-DATASET)")
+    add("--to", type=PATH, help="where --sample-only saves, if not in OUT")
+    add = p.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help="continue OUT/ckpt.pt, bit for bit")
+    add("--sample-only", action="store_true", help="only sample, from OUT/ckpt.pt")
+    add("--overwrite", action="store_true", help="discard the run in OUT")
+    add = p.add_argument
+    auto = "cuda" if CUDA else "cpu"
+    add("--device", default=auto, help="cpu, cuda, ... (%(default)s)")
+    words = "of matrix products (fp32); bf16: faster on some hardware, worse samples"
+    add("--precision", choices=["bf16", "fp32"], default="fp32", help=words)
+    add("--npz", action="store_true", help="also save samples*.npz, for --judge or FID")
+    add = p.sampling.add_argument
+    add("--samples", type=int, default=100, help="number of images (100)")
+    add("--label", help="sample this class only, by name or number (all in turn)")
+    add("--guidance", type=float, default=0.0, help="guidance weight w (0: off)")
+    words = "autoguidance: a weaker RUN of this script; sde.py: or a classifier"
+    add("--guide", type=PATH, help=words)
     return p
 
 
-def start(kind, argv=None):
-    """(args, run): the flags, and with --resume or --sample-only the checkpoint in OUT.
+def start(parser, argv):
+    """The settings: the flags; with --resume or --sample-only those of the run in OUT.
 
-    kind: {script: (flags, network)} of the run. What was kept is the default of a flag;
-    UserError if one contradicts what is settled. Joins the processes of torchrun.
+    Stored settings are the flags' defaults; UserError if a flag contradicts a fixed
+    one, or if OUT is not empty. Joins the processes of torchrun.
     """
-    ((script, (flags, _)),) = kind.items()
-    parser = flags()
-    args, run = parser.parse_args(argv), None
-    args.out = args.out or f"runs/{script}-{Path(args.dataset).resolve().name}"
-    out = args.out
+    args = parser.read(argv)
+    out = args.out or f"runs/{args.script}-{Path(args.dataset).resolve().name}"
     if args.resume or args.sample_only:
-        run = load_checkpoint(out, kind)
-        parser.set_defaults(**vars(run.args) | {"out": out})
-        args = parser.parse_args(argv)
-        for action in parser.settled._group_actions:
-            value, flag = getattr(run.args, action.dest), action.option_strings[0]
-            if getattr(args, action.dest) != value:
-                raise UserError(f"{flag} is {value} in {out}/ckpt.pt: drop the flag")
-    elif is_run(out):
-        if not args.overwrite:
-            cures = "--resume goes on, --sample-only draws, --overwrite starts anew"
-            raise UserError(f"{out} holds a run: {cures}, or name another --out")
-    elif os.path.exists(out) and (os.path.isfile(out) or os.listdir(out)):
-        raise UserError(f"{out} holds no run but files of yours: name another --out")
-    args.script = script
-    actions = parser.kept._group_actions + parser.settled._group_actions
-    args.remembered = [action.dest for action in actions]
+        args = kept_settings(parser, argv, out)
+    else:
+        check_folder(out, args.overwrite)
+        args.born = time.time_ns()
+    args.out = out
+    if (args.guidance or args.label) and not (args.classes or args.guide):
+        raise UserError("--guidance, --label: train with --classes, or pass a --guide")
+    if args.guide and not (args.guidance and args.sample_only):
+        raise UserError("--guide is for sampling: add --sample-only --guidance 1")
+    if args.to and not args.sample_only:
+        raise UserError("--to is for --sample-only: a run lives in --out")
+    if args.ema >= 1:
+        raise UserError(f"--ema {args.ema} is out of range: it must be below 1")
+    with blame(f"--device {args.device} cannot be used here"):
+        torch.ones(1, dtype=torch.float64, device=args.device).item()  # mps has none
     cuda = "cuda" in args.device
     args.batch_size = args.batch_size or (256 if cuda else 32)
     args.width = args.width or (64 if cuda else 32)
     args.steps = args.steps or (2000 if args.dataset in DRAWN else 6000)
-    join_processes(args)
-    keep_memory()
+    if dist.is_torchelastic_launched():
+        join_processes(args)
     seed_all(args.seed)  # the network's first weights
-    return args, run
+    return args
+
+
+def kept_settings(parser, argv, out):
+    """The settings of the run in OUT, as far as the flags do not change them; .suffix
+    lists the flags in which these samples differ from the run's own."""
+    saved = read_checkpoint(out, [parser.get_default("script")]).args
+    kept, settled, sampling = [g._group_actions for g in parser.groups]
+    words = []
+    with blame(f"{out}/ckpt.pt is damaged or of another version"):
+        data = {k: getattr(saved, k) for k in ("shape", "n_classes", "names", "born")}
+        for action in kept + settled:
+            value, (flag, *no) = getattr(saved, action.dest), action.option_strings
+            if isinstance(value, bool):
+                words += [flag] if value else no  # --no-flag, if there is one
+            elif value is not None:
+                words.append(f"{flag}={value}")
+        try:
+            old = parser.read(words)
+        except UserError as e:  # a setting of another type or range
+            raise ValueError(e) from e
+    args = parser.read([*words, *argv])
+    vars(args).update(data)
+    for action in settled:
+        value, flag = getattr(old, action.dest), action.option_strings[0]
+        if getattr(args, action.dest) != value:
+            raise UserError(f"{flag} is {value} in {out}: drop the flag")
+    if args.sample_only and args.steps != old.steps:
+        raise UserError("--steps has no effect with --sample-only: see --resume")
+    for action in kept[3:] + sampling:
+        value, flag = getattr(args, action.dest), action.option_strings[0]
+        if args.sample_only and value != getattr(saved, action.dest, None):
+            name = "-n" if flag == "--samples" else flag[1:]
+            args.suffix += f"{name}-{Path(str(value)).name}"
+    return args
+
+
+def check_folder(out, overwrite):
+    """UserError if a run in OUT would replace what is there: --overwrite replaces a run
+    (whose log.csv says that it is one), nothing replaces other files."""
+    ours = ("ckpt.pt", "log.csv", "loss.png", "samples", "process", "bound", "bits")
+    found = os.listdir(out) if os.path.isdir(out) else []
+    found = [f for f in found if f.startswith(ours) and not f.endswith(".part")]
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if Path(out, "log.csv").read_text().startswith(",".join(LOG)):
+            found = [] if overwrite else ["a run"]
+    if "a run" in found:
+        cures = "--resume goes on, --sample-only samples, --overwrite starts anew"
+        raise UserError(f"{out} holds a run: {cures}, or name another --out")
+    if found or os.path.isfile(out):
+        raise UserError(f"{out} holds files of yours {found}: name another --out")
 
 
 def join_processes(args):
-    """Under torchrun: one device a process, and a share of the batch for each."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    args.world = world
+    """Under torchrun: one device per process, and a share of the batch for each."""
+    if args.sample_only:
+        raise UserError("--sample-only is for one process: leave out torchrun")
+    world = int(os.environ["WORLD_SIZE"])
     if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} is no multiple of {world}")
-    if world > 1:
-        cuda = "cuda" in args.device
-        if cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        raise UserError(f"--batch-size {args.batch_size} is not a multiple of {world}")
+    cuda = "cuda" in args.device
+    if cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    if rank() > 0:
+        sys.stdout = io.StringIO()  # the first process tells
 
 
-def keep_memory():
-    """Let glibc keep freed memory: to fetch it again is a fifth of a step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-
-
-def training_data(args, run):
-    """(images, labels) to train on; sets args.shape and args.n_classes.
-
-    UserError unless they are of the kind that the run began with.
-    """
-    images, labels = load_images(args.dataset, "train", args.data_dir, args.size)
+def data_of(args, split="train"):
+    """(images, labels or None) of the run's data set; those of a new run settle
+    args.shape, .n_classes, .names. UserError if they do not fit an old one."""
+    try:
+        found = load_images(args.dataset, split, args.data_dir, args.size)
+    except UserError as e:
+        moved = "; data that were moved: --dataset NEW" if args.shape else ""
+        raise UserError(f"{e}{moved}") from e
+    images, labels, names = found if args.classes else (found[0], None, [])
     if args.classes and labels is None:
         raise UserError(f"--classes: no sub-folders in {args.dataset} name the classes")
-    labels = labels if args.classes else None
-    kind = list(images.shape[1:]), 0 if labels is None else int(labels.max()) + 1
-    if run and kind != (run.args.shape, run.args.n_classes):
-        old = run.args.shape, run.args.n_classes  # of other data, or changed ones
-        words = f"{kind[0]}, {kind[1]} classes, the run began with {old[0]}, {old[1]}"
-        raise UserError(f"--dataset {args.dataset} is other data: {words}")
-    args.shape, args.n_classes = kind
-    labels_of(args, torch.zeros(1))  # is there a class --label?
+    shape = list(images.shape[1:])
+    if args.shape is None:
+        args.shape, args.n_classes, args.names = shape, len(names), names
+    if shape != args.shape or names != args.names[: len(names)]:
+        kind = f"{args.shape}, classes {args.names}"
+        raise UserError(f"--dataset {args.dataset} differs from the run's {kind}")
+    if names:
+        print(f"class  {', '.join(f'{k}: {name}' for k, name in enumerate(names))}")
+    labels_of(args, torch.arange(1))  # is there a class --label?
     return images, labels
-
-
-def test_images(args, or_training=False):
-    """The test images of a run's data set, or of a folder, if allowed, the others."""
-    split = "train" if or_training and is_folder(args.dataset) else "test"
-    images, _ = load_images(args.dataset, split, args.data_dir, args.size)
-    if list(images.shape[1:]) != args.shape or len(images) < 2:
-        raise UserError(f"--dataset {args.dataset} is not of the run's {args.shape}")
-    return images
 
 
 def labels_of(args, index):
     """The labels of images number index: --label, or all classes in turn, or None."""
-    if args.label is not None and args.label >= args.n_classes:
-        words = f"the run knows {args.n_classes} classes; see --classes"
+    if args.label is None:
+        label = index % args.n_classes if args.n_classes else None
+    elif args.label in args.names:
+        label = torch.full_like(index, args.names.index(args.label))
+    elif args.label.isdecimal() and int(args.label) < args.n_classes:
+        label = torch.full_like(index, int(args.label))
+    else:
+        words = f"the run's classes are {args.names[:20]}; see --classes"
         raise UserError(f"--label {args.label}: {words}")
-    if not args.n_classes:
-        return None
-    label = index % args.n_classes if args.label is None else 0 * index + args.label
-    return label.to(args.device)
+    return None if label is None else label.to(args.device)
 
 
 # -------------------------------------------------------------------------------- a run
 
-MUON = 5.0  # Muon's learning rate, over Adam's
 LOG = ["step", "loss", "grad_norm", "lr", "images_per_s", "minutes"]  # of log.csv
 
 
-def is_run(folder):
-    """Whether a run of this project lives in the folder: its log.csv says so."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return Path(folder, "log.csv").read_text().startswith(",".join(LOG))
-    return False
-
-
-def claim(args):
-    """Begin OUT/log.csv, by which all others know that the folder holds a run."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if args.overwrite:
-        (out / "ckpt.pt").unlink(missing_ok=True)
-    try:
-        with open(out / "log.csv", "w" if args.overwrite else "x") as f:
-            f.write(",".join(LOG) + "\n")
-    except FileExistsError as e:
-        raise UserError(f"another process began {out}: name another --out") from e
-
-
-def load_checkpoint(folder, kinds):
-    """What train() wrote: .script .args .step .rows .saved .net (the averaged network).
-
-    kinds: {script: (flags, network)} of those that will do. No pickle is run. UserError
-    if it is missing, another's, damaged, or does not fit the network of its settings.
-    """
+def read_checkpoint(folder, scripts):
+    """What Run.save() wrote, with .args; no pickled code runs. UserError if it is
+    missing, damaged, or from another script."""
     path = Path(folder, "ckpt.pt")
     if not path.exists():
         cures = "name a run's folder, or train (anew: --overwrite)"
         raise UserError(f"there is no {path}: {cures}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        script = str(saved["script"])
-    except Exception as e:  # a damaged file raises any of half a dozen types
-        raise UserError(f"{path} is damaged or no checkpoint of this project") from e
-    if script not in kinds:
-        raise UserError(f"{path} was made by {script}, not by {' or '.join(kinds)}")
-    flags, network = kinds[script]
-    try:
-        args = flags().parse_args([str(word) for word in saved["argv"]])
-        args.shape = [int(v) for v in saved["shape"]]
-        args.n_classes = saved["n_classes"]
-        net = network(args).eval().requires_grad_(False)
-        for name in ("net", "ema"):
-            net.load_state_dict(saved[name])
-            if not all(p.isfinite().all() for p in net.parameters()):
-                raise ValueError("its weights are not finite")
-        rows = [[float(v) for v in row] for row in saved["rows"]]
-        step = int(rows[-1][0])
-        if {len(row) for row in rows} != {len(LOG)}:
+    with blame(f"{path} is damaged or no checkpoint"):
+        what = torch.load(path, map_location="cpu", weights_only=True)
+        saved = SimpleNamespace(**what)
+        saved.args = SimpleNamespace(**what["args"])
+        args = saved.args
+        args.shape, args.names = [*map(int, args.shape)], [*map(str, args.names)]
+        args.n_classes, args.born = int(args.n_classes), int(args.born)
+        saved.rows = [[float(v) for v in row] for row in saved.rows]
+        saved.step = int(saved.rows[-1][0])
+        if {len(row) for row in saved.rows} != {len(LOG)}:
             raise ValueError("its log")
-    except Exception as e:
-        why = str(e)[:200]  # of another network: the first names
-        raise UserError(f"{path} is damaged or of another version: {why}") from e
-    fields = {"script": script, "args": args, "step": step, "rows": rows}
-    return SimpleNamespace(**fields, saved=saved, net=net)
+        script = saved.args.script
+    if script not in scripts:
+        raise UserError(f"{path} was made by {script}, not by {' or '.join(scripts)}")
+    return saved
 
 
-def has_bf16(device):
-    """Whether the hardware is much faster in bfloat16."""
-    if "cuda" in str(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(cpu.get("amx_bf16"))  # not for avx512_bf16 alone: see RESULTS.md
+def fill(part, state):
+    """Put a state back into a network or an optimizer. ValueError if it is unfit."""
+    part.load_state_dict(state)
+    if isinstance(part, nn.Module):
+        if not all(p.isfinite().all() for p in part.parameters()):
+            raise ValueError("its weights are not finite")
+        return
+    for p in part.param_groups[0]["params"]:
+        kinds = {(v.shape, v.dtype) for k, v in part.state[p].items() if k != "step"}
+        steps = {v.shape for k, v in part.state[p].items() if k == "step"}
+        if kinds != {(p.shape, p.dtype)} or steps - {torch.Size([])}:
+            raise ValueError("the optimizer's state is of another shape")
 
 
-def prepare(net, args):
-    """The network on the command's device, in its precision."""
-    auto = args.precision == "auto" and has_bf16(args.device)
-    bf16 = auto or args.precision == "bf16"
-    net.dtype = torch.bfloat16 if bf16 else torch.float32
-    return net.to(args.device)
+def load(folder, device="cpu", **networks):
+    """(net, args) of a run: the average of its weights, and the settings that made it.
 
-
-def load_guide(args, kinds, same=()):
-    """The run of --guide, or None. UserError if it is not like this one, or w clashes.
-
-    same: settings that must agree, if it is of the same script.
+    networks: SCRIPT=network, a function of the settings, for each accepted script.
     """
-    if args.guidance and not (args.classes or args.guide):
-        raise UserError("--guidance: train with --classes, or give a --guide")
+    saved = read_checkpoint(folder, networks)
+    with blame(f"{folder}/ckpt.pt is damaged or of another version"):
+        net = networks[saved.args.script](saved.args).eval().requires_grad_(False)
+        fill(net, saved.ema)
+    return net.to(device), saved.args
+
+
+def load_guide(args, *same, **networks):
+    """load() of --guide, or (None, None). UserError unless SAME settings agree."""
     if not args.guide:
-        return None
-    if not (args.sample_only and args.guidance):
-        raise UserError("--guide leads a trained run: add --sample-only --guidance 1")
-    run = load_checkpoint(args.guide, kinds)
-    same = ("n_classes", *same) if run.script == args.script else ()
+        return None, None
+    net, theirs = load(args.guide, args.device, **networks)
+    if os.path.samefile(args.guide, args.out):
+        raise UserError(f"--guide {args.guide} is the run itself: name a worse one")
     for name in ("shape", *same):
-        ours, theirs = getattr(args, name), getattr(run.args, name)
-        if ours != theirs:
-            raise UserError(f"--guide {args.guide} has {name} {theirs}, not {ours}")
-    prepare(run.net, args)
-    return run
-
-
-def full_precision(net):
-    """For likelihoods and bounds: float32 everywhere, on CUDA without TF32."""
-    net.dtype = torch.float32
-    torch.backends.cudnn.allow_tf32 = False
+        if getattr(args, name) != getattr(theirs, name):
+            words = f"has {name} {getattr(theirs, name)}, not {getattr(args, name)}"
+            raise UserError(f"--guide {args.guide} {words}")
+    return net, theirs
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024), in the scale of Liu et al. 2025, arXiv:2502.16982:
-    momentum made orthogonal, for matrices; a convolution is one of C_out x k^2 C_in
-    (torch.optim.Muon takes no convolutions)."""
+    """Muon (Jordan et al. 2024): orthogonalised momentum for matrices; a convolution is
+    one of C_out x k^2 C_in (torch.optim.Muon rejects them). Scaled as in Liu et al.
+    2025, arXiv:2502.16982; its learning rate is five times Adam's."""
 
-    def __init__(self, weights, dtype=torch.float32, beta=0.95):
-        super().__init__(weights, {"lr": 0.0, "beta": beta})
+    def __init__(self, weights, dtype=torch.float32):
+        super().__init__(weights, {"lr": 0.0})
         self.dtype = dtype  # of the products that make a matrix orthogonal
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        shapes = {}  # matrices of one shape are made orthogonal together
+        shapes = {}  # matrices of the same shape are batched
         for p in group["params"]:
-            shapes.setdefault(p.flatten(1).shape, []).append(p)
-        for shape, ps in shapes.items():
-            mixed = []
-            for p in ps:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["beta"])
-                mixed.append(p.grad.lerp(momentum, group["beta"]).flatten(1))
-            update = orthogonal(torch.stack(mixed).to(self.dtype))
-            scale = 0.2 * max(shape) ** 0.5  # root mean square 0.2, near Adam's
-            for p, u in zip(ps, update):
-                p.sub_(u.reshape(p.shape), alpha=scale * group["lr"])
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 0.05)
+            mixed = p.grad.lerp(momentum, 0.95).flatten(1)
+            shapes.setdefault(mixed.shape, []).append((p, mixed))
+        for (a, b), pairs in shapes.items():
+            X = torch.stack([mixed for _, mixed in pairs]).to(self.dtype)
+            X = X.mT if a > b else X
+            X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):  # Newton-Schulz: singular values near 1
+                A = X @ X.mT
+                X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
+            X = X.mT if a > b else X
+            lr = 5 * 0.2 * max(a, b) ** 0.5 * group["lr"]
+            for (p, _), u in zip(pairs, X):
+                p.sub_(u.reshape(p.shape), alpha=lr)
 
 
-def optimizers(net):
-    """Adam, and Muon for the matrices of the layers net.inside (but not their emb)."""
-    matrices, rest = [], []
-    inside = getattr(net, "inside", ())
-    for name, p in net.named_parameters():
-        muon = p.dim() > 1 and name.startswith(inside) and "emb" not in name
-        (matrices if muon else rest).append(p)
-    adam = torch.optim.Adam(rest, fused=True)
-    return [adam, Muon(matrices, net.dtype)] if matrices else [adam]
-
-
-def orthogonal(X, steps=5):
-    """Matrices (n, a, b) with singular values brought near 1, by Newton-Schulz."""
-    if X.shape[1] > X.shape[2]:
-        return orthogonal(X.mT, steps).mT
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        A = X @ X.mT
-        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-    return X
-
-
-def learning_rate(step, steps, largest):
-    """Up to the largest in the first 5 % of the steps; from a fifth on, down to 0."""
-    done = (step + 1) / steps
-    return largest * min(1, 20 * done, 1.25 * (1 - done))
-
-
-def train(args, net, loss, data, run=None, low=-1.0, preview=None, extra=()):
-    """Adam and Muon on loss(net, x0, label); returns the averaged network, to draw by.
-
-    data: images uint8 (N, C, H, W), labels (N,) or None; x0 (B, C, H, W) in [low, 1].
-    run: a checkpoint to go on from, to the last bit: what step n draws depends on
-    (seed, n, rank) alone.
-    preview(ema, n) draws n images; extra: tensors that the loss keeps.
-    UserError if the loss is not finite, before the checkpoint is overwritten.
-    """
-    world = args.world
-    net = prepare(net, args)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    opts = optimizers(net)
-    first, rows = 0, []
-    if run:
-        first, rows = run.step, run.rows
-        restore(run, net, ema, opts, extra)
-    elif rank() == 0:
-        claim(args)
-    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    images, labels = [None if part is None else part.to(args.device) for part in data]
-    size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M weights"
-    shape = f"width {args.width}, {args.steps} steps of {args.batch_size} images"
-    say(f"train  {size}, {net.dtype} on {world} x {args.device}, {shape}: {args.out}")
-
-    recent, done, saved, began = [], first, first, time.perf_counter()
+@contextlib.contextmanager
+def claim(out):
+    """Hold the folder OUT while training. UserError if another process holds it."""
+    os.makedirs(out, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY) if fcntl else None
     try:
-        for step in range(first, args.steps):
-            seed_all(args.seed, step, rank())
-            n = args.batch_size // world
-            i = torch.randint(len(images), (n,), device=args.device)
-            x0 = images[i].float() * ((1 - low) / 255) + low
-            l = loss(model, x0, None if labels is None else labels[i])
-            l.backward()
-            norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            lr = learning_rate(step, args.steps, args.lr)
-            for opt, factor in zip(opts, (1, MUON)):
-                opt.param_groups[0]["lr"] = factor * lr
-                opt.step()
-            net.zero_grad()
-            decay = min(args.ema, (1 + step) / (10 + step))  # short at first
-            average = get_ema_multi_avg_fn(decay)  # decay ema + (1 - decay) net
-            average([*ema.parameters()], [*net.parameters()], None)
-            recent.append(torch.stack([l.detach(), norm]))
-            done = step + 1
-            if done % 100 and done < args.steps:
-                continue
-
-            mean = torch.stack(recent).mean(0)
-            if world > 1:
-                dist.all_reduce(mean)
-            mean = (mean / world).tolist()  # the only wait for the device
-            if not math.isfinite(sum(mean)):
-                kept = f"{args.out}/ckpt.pt, if there is one, is of step {saved}"
-                raise UserError(f"the loss is not finite: lower --lr; {kept}")
-            minutes = (time.perf_counter() - began) / 60
-            rate = len(recent) * args.batch_size / minutes / 60
-            left = (args.steps - done) * args.batch_size / rate / 60
-            speed = f"{rate:.0f} images/s   {left:.1f} min left"
-            say(f"step   {done}/{args.steps}   loss {mean[0]:.4f}   {speed}")
-            minutes += rows[-1][5] if rows else 0
-            rows.append([done, *mean, lr, rate, minutes])
-            if rank() == 0:
-                save_csv(f"{args.out}/log.csv", LOG, rows)
-                curve = {"mean of 100 steps": [row[:2] for row in rows]}
-                logy = min(row[1] for row in rows) > 0  # sliced score matching's is not
-                plot(f"{args.out}/loss.png", curve, "step", "loss", logy=logy)
-                if done == 100 or done % 500 == 0 or done == args.steps:
-                    save_checkpoint(args, rows, net, ema, opts, extra)
-                    saved = done
-                if preview and done < args.steps and (done == 100 or done % 1000 == 0):
-                    seed_all(args.seed)
-                    picture = grid(to_uint8(preview(ema, 16), low), cols=4)
-                    save_picture(picture, f"{args.out}/samples_{done:06d}.png")
-            recent, began = [], time.perf_counter()
-    except KeyboardInterrupt:
-        how = f"go on from step {saved} with --resume --out {args.out}"
-        how = how if saved else "nothing was saved yet, start again with --overwrite"
-        raise KeyboardInterrupt(f"stopped in step {done + 1}: {how}") from None
-    return ema
+        if fcntl:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as e:
+        words = f"another process trains in {out}: wait, or name another --out"
+        raise UserError(words) from e
+    finally:
+        if fcntl:
+            os.close(folder)  # which frees it, as the end of the process does
 
 
-def save_checkpoint(args, rows, net, ema, opts, extra):
-    """Write OUT/ckpt.pt, all or nothing; .argv are its settings as a command line."""
-    argv = []
-    for name in args.remembered:
-        flag, value = "--" + name.replace("_", "-"), getattr(args, name)
-        if value is not None and value is not False:
-            argv.append(flag if value is True else f"{flag}={value}")
-    what = {"script": args.script, "argv": argv, "rows": rows}
-    what |= {"shape": args.shape, "n_classes": args.n_classes, "extra": list(extra)}
-    what |= {"net": net.state_dict(), "ema": ema.state_dict()}
-    what["opts"] = [opt.state_dict() for opt in opts]
-    buffer = io.BytesIO()
-    torch.save(what, buffer)
-    with aside(f"{args.out}/ckpt.pt") as f:
-        f.write(buffer.getbuffer())
+class Run:
+    """A network in training, its averaged weights, and their folder OUT.
 
-
-def restore(run, net, ema, opts, extra):
-    """Put the state of a checkpoint back."""
-    net.load_state_dict(run.saved["net"])
-    ema.load_state_dict(run.saved["ema"])
-    try:
-        for opt, state in zip(opts, run.saved["opts"], strict=True):
-            opt.load_state_dict(state)
-            for p in opt.param_groups[0]["params"]:
-                for v in opt.state[p].values():
-                    v.expand_as(p)  # or an error
-        for tensor, old in zip(extra, run.saved["extra"], strict=True):
-            tensor.copy_(old)
-    except Exception as e:
-        raise UserError(f"ckpt.pt is damaged or of another version: {e}") from e
-
-
-class Watch:
-    """Watches what a sampler calls: watch(f) is f, its calls counted in .count, and 8
-    of the x of about 30 calls kept in .frames."""
-
-    def __init__(self, calls=30):
-        self.every = max(1, calls // 30)
-        self.count, self.frames = 0, []
-
-    def __call__(self, f):
-        def watched(x, *rest):
-            if self.count % self.every == 0:
-                self.frames.append(x[:8].detach().cpu())
-            self.count += 1
-            return f(x, *rest)
-
-        return watched
-
-
-def finish(args, draw, calls, name="", low=-1.0):
-    """Draw args.samples images by draw(index, watch) -> x, images number index.
-
-    calls: of the network an image, as foreseen; draw counts them by watch(network).
-    Saves samplesNAME.png, processNAME.gif and .png, with --npz samplesNAME.npz in OUT;
-    NAME ends in -wW where guidance of weight W is used. Chunks of one size have a seed
-    each: image k does not depend on how many are drawn.
+    for images, label in run.batches(...): run.update(loss(run.net, ...))
+    The randomness of step n is that of (seed, n, rank): --resume is exact to the bit.
     """
-    name += f"-w{args.guidance:g}" if args.guidance else ""
-    parts, frames, began = [], None, time.perf_counter()
-    chunk = CHUNK["cuda" if "cuda" in args.device else "cpu"]
-    nets = 2 if args.guidance else 1
-    say(f"draw   {args.samples} images, {nets * calls} evaluations of a network each")
-    for first in range(0, args.samples, chunk):
-        seed_all(args.seed, first)
-        watch = Watch(calls)
-        x = draw(torch.arange(first, first + chunk), watch)
-        if not x.isfinite().all():
-            raise UserError("the samples are not finite: smaller steps are needed")
-        frames = frames or [*watch.frames, x[:8].cpu()]
-        parts.append(to_uint8(x, low))
-        done, seconds = first + chunk, time.perf_counter() - began
-        if done < args.samples:
-            left = seconds / done * (args.samples - done) / 60
-            say(f"draw   {done}/{args.samples}   {left:.1f} min left")
-    x = torch.cat(parts)[: args.samples]
-    save_picture(grid(x[:100]), f"{args.out}/samples{name}.png")
-    frames = [to_uint8(frame, low) for frame in frames]
-    save_process(frames, f"{args.out}/process{name}")
-    if args.npz:
-        labels = labels_of(args, torch.arange(len(x)))
-        labels = [] if labels is None else labels.tolist()
-        rgb = x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
-        with aside(f"{args.out}/samples{name}.npz") as f:
-            np.savez(f, arr_0=rgb, labels=labels)
-    cost = f"{nets * watch.count} evaluations each, {seconds:.0f} s"
-    if "cuda" in args.device:
-        most = torch.cuda.max_memory_allocated(args.device)
-        cost += f", at most {most / 2**30:.1f} GiB"
-    say(f"saved  {args.out}/samples{name}.png ({len(x)} images, {cost})")
 
+    note = "nothing was being trained"  # of the process, for Ctrl-C
 
-def slerp(a, b, f):
-    """From a (f = 0) to b (f = 1), (C, H, W), on the great circle: DDIM, eq. (67)."""
-    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    angle = cosine.clamp(-1, 1).acos()
-    way = ((1 - f) * angle).sin() * a + (f * angle).sin() * b
-    return way / angle.sin()  # eq. (67)
+    def __init__(self, args, net):
+        self.args, self.step, self.saved, self.rows = args, 0, 0, []
+        net.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        net = net.to(args.device)
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        inner, outer = [], []  # convolutions between hidden layers, and all others
+        for p in net.parameters():
+            muon = p.dim() == 4 and min(p.shape[:2]) >= 8 and args.optimizer == "muon"
+            (inner if muon else outer).append(p)
+        self.optimizers = {"adam": torch.optim.Adam(outer, fused=True)}
+        if inner:
+            self.optimizers["muon"] = Muon(inner, net.dtype)
+        self.parts = {"net": net, "ema": self.ema, **self.optimizers}
+        if args.resume or args.sample_only:
+            old = read_checkpoint(args.out, [args.script])
+            with blame(f"{args.out}/ckpt.pt is damaged or of another version"):
+                self.step, self.saved, self.rows = old.step, old.step, old.rows
+                for name, part in self.parts.items():
+                    fill(part, getattr(old, name))
+        self.net = net
+        if dist.is_initialized():
+            self.net = nn.parallel.DistributedDataParallel(net)
+            for name, buffer in net.named_buffers(recurse=False):
+                self.net.register_buffer(name, buffer)  # the losses' own
+        self.recent, self.began = [], time.perf_counter()
 
+    def batches(self, images, labels):
+        """Random images uint8 (B, C, H, W) and labels (B,) or None, up to args.steps;
+        none with --sample-only. After the body of a step: ckpt.pt, every 500 steps."""
+        args, world = self.args, dist.get_world_size() if dist.is_initialized() else 1
+        if args.sample_only:
+            return
+        n = sum(p.numel() for p in self.net.parameters())
+        size = f"{n:,} weights, {self.ema.dtype}, {world} x {args.device}"
+        print(f"train  {size}, {args.steps} steps of {args.batch_size}: {args.out}")
+        if self.step >= args.steps:
+            print(f"train  all {self.step} steps are done: --steps N trains up to N")
+        images = images.to(args.device)
+        labels = None if labels is None else labels.to(args.device)
+        how = f"--resume --out {args.out} goes on from step {self.saved}"
+        with claim(args.out) if rank() == 0 else contextlib.nullcontext():
+            if not args.resume:
+                check_folder(args.out, args.overwrite)  # now that nobody else writes
+            Run.note = how if self.saved else "nothing was saved yet: start again"
+            self.began = time.perf_counter()
+            while self.step < args.steps:
+                seed_all(args.seed, self.step, rank())
+                B = args.batch_size // world
+                i = torch.randint(len(images), (B,), device=args.device)
+                yield images[i], None if labels is None else labels[i]
+                if self.step % 500 == 0 or self.step in (100, args.steps):
+                    self.save()
+        if world > 1:
+            dist.destroy_process_group()
+            if rank() > 0:
+                sys.exit()  # the first process samples
 
-def interpolate(args, images, encode, decode):
-    """OUT/interpolate.png: pairs of uint8 images, and nine points between their codes.
+    @property
+    def preview_due(self):
+        """Whether to look at samples now: after 100 steps, then every 1000."""
+        now = self.step == 100 or self.step % 1000 == 0
+        return now and self.step < self.args.steps
 
-    encode: of images in [-1, 1], the noise from which decode draws them.
-    """
-    x0 = images[: min(12, len(images) // 2 * 2)].to(args.device) / 127.5 - 1
-    codes = encode(x0)
-    error = 127.5 * (decode(codes) - x0).square().mean().sqrt()
-    say(f"coded  and back: {error:.3f} grey levels off (root mean square)")
-    between = torch.linspace(0, 1, 9)
-    way = [slerp(a, b, f) for a, b in zip(codes[::2], codes[1::2]) for f in between]
-    way = decode(torch.stack(way)).unflatten(0, (-1, 9))
-    rows = torch.cat([x0[::2, None], way, x0[1::2, None]], dim=1).flatten(0, 1)
-    save_picture(grid(to_uint8(rows), cols=11), f"{args.out}/interpolate.png")
-    say(f"saved  {args.out}/interpolate.png")
+    def update(self, loss):
+        """A step of Adam and Muon; every 100 steps a line, log.csv and loss.png."""
+        args, weights = self.args, [*self.net.parameters()]
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(weights, 1.0)
+        done = (self.step + 1) / args.steps
+        down = 1.0 if args.constant_lr else 1.25 * (1 - done)
+        lr = args.lr * min(1, 20 * done, down)  # up, flat, down to 0
+        for opt in self.optimizers.values():
+            opt.param_groups[0]["lr"] = lr
+            opt.step()
+        self.net.zero_grad()
+        decay = min(args.ema, (1 + self.step) / (10 + self.step))  # short at first
+        average = get_ema_multi_avg_fn(decay)  # decay ema + (1 - decay) net
+        average([*self.ema.parameters()], weights, None)
+        for kept, now in zip(self.ema.buffers(), self.parts["net"].buffers()):
+            kept.copy_(now)  # as those of a BatchNorm
+        self.recent.append(torch.stack([loss.detach(), norm]))
+        self.step += 1
+        if self.step % 100 == 0 or self.step == args.steps:
+            self.log(lr)
+
+    def log(self, lr):
+        """A line and a row of what happened since the last."""
+        args, n = self.args, len(self.recent)
+        mean = torch.stack(self.recent).mean(0)
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        mean = mean.tolist()  # the only wait for the device
+        if not math.isfinite(sum(mean)):
+            kept = f"{args.out}/ckpt.pt is of step {self.saved}" if self.saved else ""
+            raise UserError(f"the loss is not finite: lower --lr. {kept}")
+        minutes = (time.perf_counter() - self.began) / 60
+        rate = n * args.batch_size / minutes / 60
+        left = (args.steps - self.step) * args.batch_size / rate / 60
+        speed = f"{rate:.0f} images/s   {left:.1f} min left"
+        print(f"step   {self.step}/{args.steps}   loss {mean[0]:.4f}   {speed}")
+        minutes += self.rows[-1][5] if self.rows else 0
+        self.rows.append([self.step, *mean, lr, rate, minutes])
+        if rank() == 0:
+            write_csv(f"{args.out}/log.csv", ",".join(LOG), self.rows)
+            curve = [row[:2] for row in self.rows]
+            save_curve(f"{args.out}/loss.png", curve, "step", "loss, mean of 100 steps")
+        self.recent, self.began = [], time.perf_counter()
+
+    def save(self):
+        """Write OUT/ckpt.pt atomically."""
+        self.saved = self.step
+        Run.note = f"--resume --out {self.args.out} goes on from step {self.saved}"
+        what = {"args": vars(self.args), "rows": self.rows}
+        what |= {name: part.state_dict() for name, part in self.parts.items()}
+        if rank() == 0:
+            write(Path(self.args.out, "ckpt.pt"), lambda f: torch.save(what, f))
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -1104,133 +998,101 @@ def grid(images, cols=10, pad=2, scale=2):
     return ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
 
 
-def save_picture(picture, path, **options):
-    """Write a Pillow picture, all or nothing, in the format of the path's suffix."""
-    with aside(path) as f:
-        picture.save(f, Path(path).suffix[1:], **options)
+def save_curve(path, points, xlabel, ylabel):
+    """A line through points (x, y), as PNG; y on a log axis if it is positive, with
+    three round numbers at least: 1-2-5 steps, or the steps of a straight axis."""
+    W, H, left, top, right, bottom = 700, 400, 75, 40, 680, 350
+    xs, ys = zip(*points)
+    low = min(ys)
+    high = max(*ys, low + 1e-3 * abs(low))  # a range, even of equal numbers
+    high += 1e-6 * abs(high) + 1e-12
+    powers = [m * 10.0**k for k in range(-20, 20) for m in (1, 2, 5)]
+    marks = [v for v in powers if low <= v <= high]
+    if len(marks) < 3 or low <= 0:
+        step = max(v for v in powers if v <= (high - low) / 3)
+        marks = [k * step for k in range(math.ceil(low / step), int(high // step) + 1)]
+    scale = math.log if low > 0 else float
+    picture = Image.new("RGB", (W, H), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+
+    def at(x, y):
+        share = (scale(y) - scale(low)) / (scale(high) - scale(low))
+        return left + x / max(xs) * (right - left), bottom - share * (bottom - top)
+
+    for y in marks:
+        draw.line([at(0, y), at(max(xs), y)], "#d1d5db")
+        draw.text((left - 6, at(0, y)[1]), f"{y:.6g}", "black", font, "rm")
+    for x in (0, max(xs) // 2, max(xs)):
+        draw.text((at(x, low)[0], bottom + 6), f"{x}", "black", font, "mt")
+    draw.rectangle([left, top, right, bottom], outline="black")
+    draw.text((left, 20), ylabel, "black", font, "lm")
+    draw.text(((left + right) / 2, H - 15), xlabel, "black", font, "mm")
+    draw.line([at(*point) for point in points], "#2563eb", 3, "curve")
+    write(path, lambda f: picture.save(f, "PNG"))
+
+
+class Watch:
+    """watch(f) wraps f; .calls counts its calls, .frames holds 8 images of 20 to 40."""
+
+    def __init__(self):
+        self.calls, self.every, self.frames = 0, 1, []
+
+    def __call__(self, f):
+        def watched(x, *rest):
+            if self.calls % self.every == 0:
+                self.frames.append(x[:8].detach().cpu())
+            if len(self.frames) > 40:
+                self.frames, self.every = self.frames[::2], 2 * self.every
+            self.calls += 1
+            return f(x, *rest)
+
+        return watched
 
 
 def save_process(frames, path):
-    """Frames of uint8 images (n, C, H, W): a film PATH.gif, and PATH.png in a row."""
+    """Frames of uint8 images (n, C, H, W): animation PATH.gif, filmstrip PATH.png."""
     first, *film = [grid(frame, cols=4, scale=3) for frame in frames]
     times = {"duration": [80] * len(film) + [2500], "loop": 0}
-    save_picture(first, f"{path}.gif", save_all=True, append_images=film, **times)
+    how = {"save_all": True, "append_images": film, **times}
+    write(f"{path}.gif", lambda f: first.save(f, "GIF", **how))
     at = np.linspace(0, len(frames) - 1, min(11, len(frames))).round().astype(int)
     rows = torch.stack([frames[k][:6] for k in at], dim=1).flatten(0, 1)
-    save_picture(grid(rows, cols=len(at)), f"{path}.png")
+    write(f"{path}.png", lambda f: grid(rows, cols=len(at)).save(f, "PNG"))
 
 
-COLORS = ["#2563eb", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4b5563"]
+def save_samples(args, draw, preview=0, low=-1.0):
+    """Sample args.samples images: draw(index, watch) returns x of these indices.
 
-
-class Axis:
-    """A range of numbers, on a log axis or not: at(v) goes from 0 to 1."""
-
-    def __init__(self, values, log):
-        self.scale = math.log10 if log else float
-        known = [self.scale(v) for v in values if self.holds(v)] or [0.0, 1.0]
-        room = 0.04 * (max(known) - min(known)) or 0.5 + abs(known[0]) / 2
-        self.low, self.high = min(known) - room, max(known) + room
-        power = 10.0 ** math.floor(math.log10(self.high - self.low))
-        steps = [k * power for k in (0.2, 0.5, 1, 2)]
-        step = next(k for k in steps if self.high - self.low <= 7 * k)
-        step = max(1, round(step)) if log else step
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        marks = [k * step for k in range(first, last + 1)]
-        self.marks = [10**v for v in marks] if log else marks
-
-    def holds(self, v):
-        return abs(v) < 1e30 and (v > 0 or self.scale is float)
-
-    def at(self, v):
-        return (self.scale(v) - self.low) / (self.high - self.low)
-
-
-class Panel:
-    """Axes as a Pillow picture for line() and dots(), the legend beside them.
-
-    xs, ys: values that must be visible; right: room for the legend, in pixels.
+    Saves samplesNAME.png, processNAME.gif and .png, with --npz samplesNAME.npz; NAME
+    is args.suffix, or the step of a preview of 20. Chunks of fixed size have a seed
+    each, so image k does not depend on how many are sampled.
     """
-
-    def __init__(
-        self, xs, ys, xlabel="", ylabel="", title="", right=170, logx=False, logy=False
-    ):
-        W, H = 1440, 900  # twice the size of sheet(), whose lines are smooth
-        self.x, self.y = Axis(xs, logx), Axis(ys, logy)
-        self.box = left, top, right, bottom = 150, 80, W - 2 * right, H - 110
-        self.font = ImageFont.load_default(26)
-        self.picture = Image.new("RGB", (W, H), "white")
-        self.draw = ImageDraw.Draw(self.picture)
-        self.labels = []
-        for v in self.x.marks:
-            x = left + self.x.at(v) * (right - left)
-            self.draw.line([x, top, x, bottom], "#e5e7eb", 2)
-            self.text((x, bottom + 12), f"{v:.4g}", "mt")
-        for v in self.y.marks:
-            y = bottom - self.y.at(v) * (bottom - top)
-            self.draw.line([left, y, right, y], "#e5e7eb", 2)
-            self.text((left - 12, y), f"{v:.4g}", "rm")
-        self.draw.rectangle(self.box, outline="#374151", width=2)
-        self.text((left, 40), ylabel, "lm")
-        self.text((right, 40), title, "rm")
-        self.text(((left + right) / 2, H - 30), xlabel, "mm")
-
-    def text(self, at, text, anchor):
-        self.draw.text(at, text, "#111827", self.font, anchor)
-
-    def pixels(self, points):
-        """The pixels of points (x, y, ...); what an axis cannot hold is left out."""
-        left, top, right, bottom = self.box
-        for x, y, *_ in points:
-            if self.x.holds(x) and self.y.holds(y):
-                u = left + self.x.at(x) * (right - left)
-                yield u, bottom - self.y.at(y) * (bottom - top)
-
-    def color(self, label):
-        """The colour of a label, which the legend names; the first without."""
-        if label and label not in self.labels:
-            self.labels.append(label)
-            x, y = self.box[2] + 30, self.box[1] + 40 * len(self.labels) - 20
-            self.disc(x, y, 9, self.color(label))
-            self.text((x + 24, y), label, "lm")
-        return COLORS[self.labels.index(label) % len(COLORS) if label else 0]
-
-    def disc(self, x, y, radius, color):
-        self.draw.ellipse([x - radius, y - radius, x + radius, y + radius], color)
-
-    def line(self, points, label=None):
-        """A line through the points (x, y)."""
-        pixels = list(self.pixels(points)) or [(0, 0)]
-        self.draw.line(pixels, self.color(label), 5, "curve")
-
-    def dots(self, points, label=None, radius=7):
-        """Dots at the points (x, y), or (x, y, error) with bars."""
-        color = self.color(label)
-        for x, y in self.pixels(points):
-            self.disc(x, y, radius, color)
-        for x, y, *error in points:
-            for e in error:
-                bar = list(self.pixels([(x, y - e), (x, y), (x, y + e)]))
-                self.draw.line(bar or [(0, 0)], color, 3)
-
-
-def sheet(panels, cols=1):
-    """Panels of one size in rows, as one picture, at half their size: smooth lines."""
-    W, H = panels[0].picture.size
-    rows = math.ceil(len(panels) / cols)
-    picture = Image.new("RGB", (W * min(cols, len(panels)), H * rows), "white")
-    for k, panel in enumerate(panels):
-        picture.paste(panel.picture, (k % cols * W, k // cols * H))
-    return ImageOps.scale(picture, 0.5, Image.Resampling.LANCZOS)
-
-
-def plot(path, curves, xlabel, ylabel, **options):
-    """Curves {label: [(x, y), ...]} as PNG."""
-    points = [p for curve in curves.values() for p in curve]
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    panel = Panel(xs, ys, xlabel, ylabel, **options)
-    for label, curve in curves.items():
-        panel.line(curve, label)
-        if len(curve) <= 30:
-            panel.dots(curve, label)
-    save_picture(sheet([panel]), path)
+    N = 20 if preview else args.samples
+    name = f"_{preview:06d}" if preview else args.suffix
+    folder = args.to or args.out
+    parts, began = [], time.perf_counter()
+    for first in range(0, 0 if rank() else N, CHUNK):
+        seed_all(args.seed, first)
+        watch = Watch()
+        x = draw(torch.arange(first, first + CHUNK), watch)
+        if not x.isfinite().all():
+            raise UserError("the samples are not finite: use smaller steps")
+        if first == 0:
+            frames = [to_uint8(frame, low) for frame in [*watch.frames, x[:8]]]
+        parts.append(to_uint8(x, low))
+        cost = f"{watch.calls} evaluations each, {time.perf_counter() - began:.0f} s"
+        print(f"sample {min(first + CHUNK, N)}/{N} images, {cost}")
+    if not parts:
+        return
+    x = torch.cat(parts)[:N]
+    path = f"{folder}/samples{name}"
+    write(f"{path}.png", lambda f: grid(x[:100]).save(f, "PNG"))
+    save_process(frames, f"{folder}/process{name}")
+    if args.npz and not preview:
+        labels = labels_of(args, torch.arange(N))
+        labels = [] if labels is None else labels.tolist()
+        rgb = x.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+        what = {"arr_0": rgb, "labels": labels, "born": args.born}
+        write(f"{path}.npz", lambda f: np.savez(f, **what))
+    some = f": the first 100 of {N}; all with --npz" if N > 100 else ""
+    print(f"saved  {path}.png{some}")

@@ -1,4 +1,4 @@
-"""Denoising diffusion probabilistic models (DDPM) on small images, and their heirs.
+"""Denoising diffusion probabilistic models (DDPM) on small images, and successors.
 
 Papers   Ho, Jain & Abbeel 2020, arXiv:2006.11239 (equation numbers without a name)
          Song, Meng & Ermon 2020, arXiv:2010.02502 (DDIM): --sampler ddim
@@ -9,18 +9,21 @@ Papers   Ho, Jain & Abbeel 2020, arXiv:2006.11239 (equation numbers without a na
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
          Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guide
 Forward  q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 1 ... T        eq. (4)
-Loss     L_simple = E || eps - eps_theta(x_t, t) ||^2            Algorithm 1, eq. (14)
+Loss     L_simple = E || eps - eps_theta(x_t, t) ||^2, here on v   Algorithm 1, eq. (14)
 Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t)
                    + sigma_t z                                   Algorithm 2, eq. (11)
 Bound    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0 in bits/dim       eqs. (5), (13)
 Differs  mean over pixels instead of sum; the shifted cosine schedule; the network
-         returns v, not eps, and is compared with v, which weighs eps by 1 / abar_t; a
-         smaller U-Net; Muon, and a learning rate that decays; x_0 is clipped, as in the
-         authors' code. Their decoder has a tanh where eq. (13) has the normal
-         distribution function, and a floor of 1e-12. DDIM's quadratic steps, which stop
-         at 800 of 1000, are left out
+         predicts v, not eps, with the loss on v, which weights eps by 1 / abar_t; a
+         smaller U-Net; no dropout, no flips; Muon, learning-rate decay; averaged
+         weights, decay 0.999 (paper: 0.9999); x_0 is clipped, as in the authors' code,
+         with DDIM too, but not in L_0. Their decoder has a tanh where eq. (13) has the
+         normal distribution function, and a floor of 1e-12. DDIM's steps run from T to
+         1; its quadratic ones, which stop at 800 of 1000, are left out. Analytic-DPM's
+         gamma is estimated from 50 images
 
     python ddpm.py --dataset mnist     # trains, then see runs/ddpm-mnist/samples.png
+    python ddpm.py --dataset mnist --paper --out runs/paper     # the paper's settings
     python ddpm.py --dataset mnist --sample-only --sampler ddim --sample-steps 50
     python ddpm.py --dataset mnist --sample-only --evaluate-bound 100     # bits/dim
 """
@@ -29,13 +32,20 @@ import math
 from functools import partial
 from itertools import pairwise
 
+import common  # before torch: it sets how long idle threads spin
+
+# isort: split
 import torch
 
-import common
-from common import COUNT, UserError, each, hide, number, per_sample, say
+from common import ON_OFF, UserError, each, hide, per_sample
 
 SCHEDULES = ["linear", "cosine", "shifted"]
 VARIANCES = ["beta", "beta-tilde", "learned", "analytic"]
+
+# --paper undoes what "Differs" lists; improved DDPM's settings with its objectives
+PAPER = {"predict": "eps", "schedule": "linear", "T": 1000}
+PAPER |= {"optimizer": "adam", "lr": 2e-4, "constant_lr": True}
+IMPROVED = PAPER | {"schedule": "cosine", "T": 4000, "lr": 1e-4}
 
 # ------------------------------------------------------------------ the forward process
 
@@ -43,28 +53,21 @@ VARIANCES = ["beta", "beta-tilde", "learned", "analytic"]
 def schedule(name, T):
     """abar_t for t = 0 ... T, (T + 1,) float64; abar_0 = 1 is "no noise yet".
 
-    linear: section 4, times 1000 / T; cosine: improved DDPM, eq. (17); shifted: that
-    with each sigma doubled (Hoogeboom et al.). UserError for others, or too small a T.
+    linear: section 4, times 1000 / T; cosine: improved DDPM, eq. (17); shifted: cosine
+    with each sigma doubled (Hoogeboom et al.). UserError for others or small T.
     """
-    if name not in SCHEDULES:
-        raise UserError(f"there is no schedule {name}: {' or '.join(SCHEDULES)}")
-    if T <= (20 if name == "linear" else 1):
-        raise UserError(f"--T {T} is too few for the {name} schedule")
-    beta = common.cosine_betas(T)
+    if name not in SCHEDULES or T <= (20 if name == "linear" else 1):
+        raise UserError(f"there is no schedule {name} of --T {T} steps")
     if name == "linear":
-        beta = common.linear_betas(T, 0.1 / T, 20 / T)
-    abar = torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)])  # cosine: eq. (17)
+        beta = torch.linspace(0.1 / T, 20 / T, T, dtype=torch.float64)
+    else:
+        t = torch.arange(T + 1, dtype=torch.float64) / T
+        f = ((t + 0.008) / 1.008 * math.pi / 2).cos().square()
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)  # eq. (17)
+    abar = torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)])
     if name == "shifted":
         abar = abar / (4 - 3 * abar)  # sigma^2 = (1 - abar) / abar is 4 times as large
     return abar
-
-
-def check_steps(abar, tau=()):
-    """ValueError unless abar_0 = 1 > abar_1 > ... > abar_T, and the steps tau fall."""
-    if abar[0] != 1 or not (abar[1:] < abar[:-1]).all():
-        raise ValueError("abar must be abar_0 = 1 > abar_1 > ... > abar_T: schedule()")
-    if any(t <= s for t, s in pairwise(tau)):
-        raise ValueError("tau must fall, as in [1000, 980, ..., 1, 0]: subsequence()")
 
 
 def scales(abar_t, x):
@@ -80,7 +83,7 @@ def diffuse(x0, abar_t):
 
 
 def target(x0, eps, a, b, predict):
-    """What the network is compared with, by its name; v is of arXiv:2202.00512."""
+    """The regression target of the network, by name; v: arXiv:2202.00512."""
     return {"eps": eps, "x0": x0, "v": a * eps - b * x0}[predict]
 
 
@@ -99,8 +102,8 @@ def eps_and_x0(out, x_t, a, b, predict):
 def loss(net, x0, abar, label=None, predict="eps"):
     """L_simple, eq. (14), a mean over pixels; x0 (B, ...), images in [-1, 1] or points.
 
-    predict: what net(x_t, t, label) returns, and is compared with, eps, x0 or v. One in
-    ten labels is hidden (-1): one network learns with and without them.
+    predict: what net(x_t, t, label) returns and is trained on, eps, x0 or v. One in ten
+    labels is dropped (-1): the network learns with and without them.
     """
     T, B = len(abar) - 1, len(x0)
     t = torch.randint(1, T + 1, (B,), device=x0.device)  # line 3: t ~ {1, ..., T}
@@ -115,7 +118,6 @@ def loss(net, x0, abar, label=None, predict="eps"):
 @torch.no_grad()
 def sample(eps_theta, x, abar):
     """Algorithm 2 with sigma_t^2 = beta_t, from x = x_T ~ N(0, I), (B, ...)."""
-    check_steps(abar)
     T = len(abar) - 1
     for t in range(T, 0, -1):
         alpha_t = abar[t] / abar[t - 1]
@@ -141,7 +143,6 @@ def ancestral(f, x, abar, tau, variance="beta", gamma=None):
     f(x, t) is eps, or for variance "learned" the pair (eps, raw); see reverse_variance,
     and for "analytic", which needs gamma, second_moment.
     """
-    check_steps(abar, tau)
     for t, s in pairwise(tau):  # from x_t to x_s
         out = f(x, t)
         eps, raw = out if variance == "learned" else (out, None)
@@ -156,12 +157,11 @@ def ancestral(f, x, abar, tau, variance="beta", gamma=None):
 
 @torch.no_grad()
 def ddim(eps_theta, x, abar, tau, eta=0.0):
-    """DDIM, eq. (12), along the falling steps tau; eta = 0: no noise, 1: DDPM's beta~.
+    """DDIM, eq. (12), along the falling steps tau; eta = 0: no noise, 1: DDPM, beta~.
 
     Rising from 0 to T, with eta = 0, it encodes x_0 as its x_T. At T = 1000 the cosine
     schedules' 1 / sqrt(abar_T) is 2e4 and 4e4: it needs a predictor that clips x_0.
     """
-    check_steps(abar, tau if eta else ())
     for t, s in pairwise(tau):  # from x_t to x_s
         eps = eps_theta(x, max(t, 1))  # step 0 was not trained, 1 is nearest
         x0 = (x - (1 - abar[t]).sqrt() * eps) / abar[t].sqrt()  # "predicted x_0"
@@ -177,33 +177,23 @@ def ddim(eps_theta, x, abar, tau, eta=0.0):
 
 
 def predictor(
-    net, abar, predict="eps", label=None, w=0.0, guide=None, clip=True, learned=False
+    net, abar, predict="eps", label=None, w=0.0, guide=None, clip=False, learned=False
 ):
-    """The network as the samplers call it: eps_theta(x_t, t), t a number.
+    """The network as the samplers call it: eps_theta(x_t, t), with t a number.
 
-    w: classifier-free guidance, eq. (6) of its paper; or, with a guide, a network like
-    this one but worse, autoguidance. clip: x_0 to [-1, 1], as images are. learned: the
-    pair (eps, raw) of a network with two channels for one.
+    w: guidance, see common.guided. clip: x_0 to [-1, 1], for images. learned: the pair
+    (eps, raw) of a network with two channels for one.
     """
-    if w and label is None and guide is None:
-        raise ValueError("guidance needs labels (B,), or a guide")
+    guided_net = common.guided(net, label, w, guide)
 
     def eps_theta(x, t):
-        steps = torch.full((len(x),), t, device=x.device)
         C = x.shape[1]
-        out = net(x, steps, label)
-        out, raw = out[:, :C], out[:, C:]
-        if w:
-            if guide:
-                worse = guide(x, steps, label)
-            else:
-                worse = net(x, steps, torch.full_like(label, -1))
-            out = (1 + w) * out - w * worse[:, :C]  # eq. (6)
+        out = guided_net(x, each(t, x))
         a, b = abar[t].sqrt(), (1 - abar[t]).sqrt()
-        eps, x0 = eps_and_x0(out, x, a, b, predict)
+        eps, x0 = eps_and_x0(out[:, :C], x, a, b, predict)
         if clip:
             eps = (x - a * x0.clamp(-1, 1)) / b
-        return (eps, raw) if learned else eps
+        return (eps, out[:, C:]) if learned else eps
 
     return eps_theta
 
@@ -226,7 +216,8 @@ def reverse_variance(kind, abar_t, abar_s, raw=None, gamma=None, beta_tilde=None
     learned: improved DDPM, eq. (15), with v = (raw + 1) / 2 as in its code. analytic:
     beta~ + c^2 Cov(x_0 | x_t), c = sqrt(abar_s) beta / (1 - abar_t), by gamma of
     second_moment (Analytic-DPM, Theorem 1), Cov in the bounds of its eqs. (11), (12);
-    its code keeps the last noise below 4/255 sqrt(pi/2). beta_tilde: if not by formula.
+    its code bounds the last noise by 4/255 sqrt(pi/2), with the cosine schedule 2/255.
+    beta_tilde: if not by formula.
     """
     beta = 1 - abar_t / abar_s
     if beta_tilde is None:
@@ -267,7 +258,7 @@ def log_decoder(x0, mean, sigma):
     lower = torch.where(x0 < -0.999, -1e3, x0 - 1 / 255)
     a = (lower - mean) / sigma
     b = (upper - mean) / sigma
-    right = a + b > 0  # there Phi is nearly 1: the mirror image is as likely
+    right = a + b > 0  # Phi is nearly 1 there; the mirror image has the same value
     a, b = torch.where(right, -b, a), torch.where(right, -a, b)
     log_a = torch.special.log_ndtr(a)
     log_b = torch.special.log_ndtr(b)
@@ -278,7 +269,7 @@ def bound_term(out, x0, x_t, t, abar, predict, variance, gamma=None, clip=False)
     """(L_{t-1} in bits/dim (B,), predicted x_0); t (B,), out = net(x_t, t), eq. (5).
 
     KL(q(x_{t-1} | x_t, x_0) || p_theta); for t = 1 the decoder, eq. (13). beta~_1 = 0
-    is taken as beta~_2; the authors' code does so in L_0 for "beta" too: 0.4 bits more.
+    is taken as beta~_2; the authors' code does so in L_0 for "beta" too.
     clip: x_0 to [-1, 1] for t > 1 (the decoder's outer bins are open). In abar's type.
     """
     C = x0.shape[1]
@@ -308,7 +299,7 @@ def hybrid_loss(net, x0, abar, label=None, predict="eps", lam=0.001):
     """L_simple + lambda L_vlb, improved DDPM, eq. (16).
 
     L_vlb, in bits/dim as in the authors' code, is T times the term of a random t; it
-    trains the variance only: the mean in it is detached.
+    trains only the variance, since the mean in it is detached.
     """
     T, B = len(abar) - 1, len(x0)
     t = torch.randint(1, T + 1, (B,), device=x0.device)
@@ -320,14 +311,14 @@ def hybrid_loss(net, x0, abar, label=None, predict="eps", lam=0.001):
     return simple + lam * T * l.mean()  # eq. (16)
 
 
-def vlb_loss(net, x0, abar, history, label=None, predict="eps"):
+def vlb_loss(net, x0, abar, label=None, predict="eps"):
     """L_vlb = E[L_t / p_t], p_t like sqrt(E[L_t^2]): improved DDPM, eq. (18), in bits.
 
-    history (T, 10): the last ten L_t of each t, inf before; p is uniform until all are
-    there. L_T, which has no weights, is left out.
+    net.history (T, 10): the last ten L_t of each t, inf at first; p is uniform until it
+    is full. L_T, which has no trainable parameters, is left out.
     """
     T = len(abar) - 1
-    p = history.square().mean(1).sqrt()  # eq. (18)
+    p = net.history.square().mean(1).sqrt()  # eq. (18)
     known = p.isfinite().all()
     p = torch.where(known, 0.999 * p / p.sum() + 0.001 / T, 1 / T)
     t = p.multinomial(len(x0), replacement=True) + 1
@@ -335,8 +326,8 @@ def vlb_loss(net, x0, abar, history, label=None, predict="eps"):
     out = net(x_t, t, hide(label))
     l, _ = bound_term(out, x0, x_t, t, abar, predict, "learned")
     l = l.to(p.dtype)
-    kept = history[t - 1, 1:]
-    history[t - 1] = torch.cat([kept, l.detach()[:, None]], dim=1)
+    kept = net.history[t - 1, 1:]
+    net.history[t - 1] = torch.cat([kept, l.detach()[:, None]], dim=1)
     return (l / p[t - 1]).mean()
 
 
@@ -346,8 +337,8 @@ LOSSES = {"simple": loss, "hybrid": hybrid_loss, "vlb": vlb_loss}
 @torch.no_grad()
 def evaluate_bound(net, images, abar, N, *options, clip=True):
     """(L_T in bits/dim, rows (T, 3)) of uint8 images: L_{t-1} in bits/dim, its variance
-    over images, the mean squared error of x_0; N images drawn anew for each t. options:
-    of bound_term, from predict on."""
+    over images, the mean squared error of x_0; N fresh images for each t. options:
+    those of bound_term, from predict on."""
     square = images.double().div(127.5).sub(1).square().mean()
     abar_T = abar[-1].cpu()
     nats = (abar_T * (square - 1) - (1 - abar_T).log()) / 2  # L_T
@@ -370,180 +361,163 @@ def evaluate_bound(net, images, abar, N, *options, clip=True):
 
 
 def flags():
-    """The command line: what all scripts share, and the papers' own."""
-    p = common.arguments(__doc__)
+    """The command line: the shared flags and this script's own."""
+    p = common.arguments(
+        "ddpm", __doc__, lambda args: PAPER if args.objective == "simple" else IMPROVED
+    )
     add = p.settled.add_argument
-    add("--T", type=COUNT, default=1000, help="steps of diffusion (paper: 1000)")
+    add("--T", type=int, default=1000, help="diffusion steps (1000; improved: 4000)")
     words = "(%(default)s; paper: linear)"
     add("--schedule", choices=SCHEDULES, default="shifted", help=words)
     add("--predict", choices=["eps", "x0", "v"], default="v", help="(v; paper: eps)")
-    words = "(%(default)s) the others learn sigma_t too"
+    words = "(%(default)s) hybrid and vlb also learn sigma_t"
     add("--objective", choices=LOSSES, default="simple", help=words)
-    add = p.add_argument
+    add = p.sampling.add_argument
     add("--sampler", choices=["ddpm", "ddim"], default="ddpm", help="(%(default)s)")
-    add("--sample-steps", type=COUNT, help="draw with so many of the T steps (all)")
-    add("--variance", choices=VARIANCES, help="sigma_t^2 (beta, or learned if it was)")
-    add("--eta", type=number(float, 0, 1), default=0.0, help="noise of DDIM (0)")
-    add("--no-clip", action="store_true", help="do not clip x_0 to [-1, 1]")
-    add("--evaluate-bound", type=number(int, 2), help="bits/dim, so many images a step")
-    add("--interpolate", action="store_true", help="OUT/interpolate.png of test images")
+    add("--sample-steps", type=int, help="sampling steps, of the T (all)")
+    add("--variance", choices=VARIANCES, help="sigma_t^2 (beta; learned if trained so)")
+    add("--eta", type=float, default=0.0, help="DDIM: 0 deterministic, 1 as DDPM (0)")
+    add("--clip", action=ON_OFF, default=True, help="x_0 to [-1, 1]")
+    add = p.add_argument
+    add("--evaluate-bound", type=int, help="the bound in bits/dim, N images per step")
     return p
 
 
 def network(args):
-    """The U-Net of a run's settings; two channels for one if it learns the variance."""
-    learned = args.objective != "simple"
-    return common.unet(args, out=args.shape[0] * (2 if learned else 1))
-
-
-KIND = {"ddpm": (flags, network)}
+    """The U-Net for these settings; twice the channels if it learns the variance."""
+    C = args.shape[0]
+    out = C if args.objective == "simple" else 2 * C
+    net = common.UNet(C, args.width, args.n_classes, out)
+    if args.objective == "vlb":
+        net.register_buffer("history", torch.full((args.T, 10), math.inf))
+    return net
 
 
 def load(folder, device="cpu", label=None, w=0.0):
-    """(eps_theta, abar, shape of an image) of a run, for sample() and ddim()."""
-    run = common.load_checkpoint(folder, KIND)
-    abar = schedule(run.args.schedule, run.args.T)
-    f = predictor(run.net.to(device), abar, run.args.predict, label, w)
-    return f, abar, run.args.shape
+    """(eps_theta, abar, image shape) of a run, for sample() and ddim()."""
+    net, args = common.load(folder, device, ddpm=network)
+    abar = schedule(args.schedule, args.T)
+    f = predictor(net, abar, args.predict, label, w, clip=True)
+    return f, abar, args.shape
 
 
-def denoiser(run, device="cpu"):
-    """(D, (sigma_min, sigma_max)) of a checkpoint; images in [-1, 1].
+def denoiser(net, args):
+    """(D, (sigma_min, sigma_max)) of a trained run; images in [-1, 1].
 
     D(y, sigma, label=None) = E[x_0 | y = x_0 + sigma z], sigma a number or (B,): x_t =
     sqrt(abar_t) y at sigma^2 = (1 - abar_t) / abar_t, t real, between two steps.
     """
-    net = run.net.to(device)
-    abar = schedule(run.args.schedule, run.args.T)[1:]
-    table = ((1 - abar) / abar).log() / 2  # log sigma of t = 1 ... T, rising
-    table = table.float().to(device)
+    abar = schedule(args.schedule, args.T)[1:]
+    log_sigmas = ((1 - abar) / abar).log() / 2  # of t = 1 ... T, rising
 
     def D(y, sigma, label=None):
-        sigma = each(sigma, y)
-        log_sigma = sigma.log()
+        table = log_sigmas.to(y)
+        log_sigma = each(sigma, y).log()
         i = torch.searchsorted(table, log_sigma).clamp(1, len(table) - 1)
-        low = table[i - 1]
-        part = (log_sigma - low) / (table[i] - low)
+        part = (log_sigma - table[i - 1]) / (table[i] - table[i - 1])
         t = i + part.clamp(0, 1)  # (B,), 1 <= t <= T
-        a = per_sample(1 / (1 + sigma**2).sqrt(), y)  # sqrt(abar_t)
+        a = 1 / (1 + per_sample(sigma, y) ** 2).sqrt()  # sqrt(abar_t)
         b = per_sample(sigma, y) * a
         out = net(a * y, t, label)[:, : y.shape[1]]
-        return eps_and_x0(out, a * y, a, b, run.args.predict)[1]
+        return eps_and_x0(out, a * y, a, b, args.predict)[1]
 
-    return D, (table[0].exp().item(), table[-1].exp().item())
+    return D, (log_sigmas[0].exp().item(), log_sigmas[-1].exp().item())
 
 
 # ------------------------------------------------------------------ from flags to files
 
 
 def report_bound(args, net, abar, variance, gamma):
-    """--evaluate-bound: a line, OUT/bound.csv (a row a step), rate-distortion.png."""
-    images, N, out = common.test_images(args), args.evaluate_bound, args.out
-    common.full_precision(net)
+    """--evaluate-bound: prints a line, writes OUT/bound.csv: one row per step, with
+    rate and distortion of section 4.3."""
+    images, _ = common.data_of(args, "test")
+    net.dtype = torch.float32
+    torch.backends.cudnn.allow_tf32 = False
+    N = args.evaluate_bound
+    print(f"bound  {N} test images at each of {args.T} steps ...")
     gamma = None if gamma is None else gamma.to(abar)
-    say(f"bound  {N} test images at each of {args.T} steps ...")
     options = args.predict, variance, gamma
-    clip = not args.no_clip
-    prior, rows = evaluate_bound(net, images, abar, N, *options, clip=clip)
+    prior, rows = evaluate_bound(net, images, abar, N, *options, clip=args.clip)
     if not rows.isfinite().all():
         raise UserError("the bound is not finite: train the network longer")
     L, var, mse = rows.T
-    rate = prior + L.sum() - L.cumsum(0)  # what is known of x_0 from x_t, section 4.3
+    rate = prior + L.sum() - L.cumsum(0)  # information about x_0 in x_t, section 4.3
+    t = torch.arange(1, args.T + 1)
+    error = (var / N).sqrt()
     rmse = 127.5 * mse.sqrt()
-    header = ["t", "bits_per_dim", "standard_error", "rate", "rmse_in_grey_levels"]
-    table = zip(range(1, args.T + 1), L, (var / N).sqrt(), rate, rmse)
-    common.save_csv(f"{out}/bound.csv", header, table)
-    curve = {"predicted x_0": list(zip(rate.tolist(), rmse.tolist()))}
-    names = "bits/dim sent", "rms, grey levels"
-    common.plot(f"{out}/rate-distortion.png", curve, *names)
+    table = torch.stack([t, L, error, rate, rmse], dim=1)
+    names = "t,bits_per_dim,standard_error,rate,rmse_in_grey_levels"
+    common.write_csv(f"{args.to or args.out}/bound.csv", names, table)
     parts = f"L_T {prior:.3g}   L_1..T-1 {L[1:].sum():.4f}   L_0 {L[0]:.4f}"
     total = prior + L.sum()
-    error = (var.sum() / N).sqrt()
-    say(f"bound  {variance}: {parts}   sum {total:.4f} +- {error:.4f} bits/dim")
+    bits = f"{total:.4f} +- {error.norm():.4f} bits/dim"
+    print(f"bound  {variance}: {parts}   sum {bits}")
 
 
-def check(args):
-    """UserError for flags that contradict each other; sets what to draw with."""
+def variance_of(args):
+    """--variance, by default "beta", or "learned" if it was. UserError for flags that
+    contradict each other."""
     learned = args.objective != "simple"
     if args.variance and args.sampler == "ddim":
-        raise UserError("--variance is that of --sampler ddpm")
-    args.variance = args.variance or ("learned" if learned else "beta")
+        raise UserError("--variance applies to --sampler ddpm only")
     if args.variance == "learned" and not learned:
         raise UserError("--variance learned: train with --objective hybrid or vlb")
     if args.eta and args.sampler != "ddim":
-        raise UserError("--eta is the noise of --sampler ddim")
-    if args.objective == "vlb" and args.world > 1:
-        raise UserError("--objective vlb keeps a history of its loss: use one process")
+        raise UserError("--eta applies to --sampler ddim only")
+    return args.variance or ("learned" if learned else "beta")
 
 
-def analytic_gamma(args, run, net, abar, tau):
+def analytic_gamma(args, net, abar, tau):
     """second_moment of 50 training images."""
-    images, _ = common.training_data(args, run)
-    g = torch.Generator().manual_seed(0)
-    pick = torch.randperm(len(images), generator=g)[:50]
-    x0 = images[pick].to(args.device) / 127.5 - 1
-    f = predictor(net, abar, args.predict, clip=False)
+    images, _ = common.data_of(args)
+    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    x0 = images[pick[:50]].to(args.device) / 127.5 - 1
+    f = predictor(net, abar, args.predict)
     return second_moment(f, x0, abar, tau)
 
 
-def main(argv=None):
-    args, run = common.start(KIND, argv)
-    check(args)
-    guide = common.load_guide(args, KIND, ("T", "schedule", "predict"))
-    abar = schedule(args.schedule, args.T)  # the samplers' table, and the loss's
-    table = abar.to(args.device)
+def main(argv=()):
+    args = common.start(flags(), argv)
+    variance = variance_of(args)
+    abar = schedule(args.schedule, args.T)
     tau = subsequence(args.T, args.sample_steps or args.T)
+    images, labels = (None, None) if args.sample_only else common.data_of(args)
+    same = "n_classes", "T", "schedule", "predict"
+    guide, _ = common.load_guide(args, *same, ddpm=network)
+    run = common.Run(args, network(args))
     gamma = None
 
-    def draw(index, watch):
+    def draw(index, watch, sampler=args.sampler, tau=tau):
+        x = torch.randn(len(index), *args.shape, device=args.device)  # line 1
         label = common.labels_of(args, index)
-        learned = args.sampler == "ddpm" and args.variance == "learned"
-        options = label, args.guidance, guide and guide.net, not args.no_clip, learned
-        f = watch(predictor(net, abar, args.predict, *options))
-        x = torch.randn(len(index), *args.shape, device=args.device)
-        if args.sampler == "ddim":
-            return ddim(f, x, abar, tau, args.eta)
-        if args.variance == "beta" and len(tau) == len(abar):
-            return sample(f, x, abar)
-        return ancestral(f, x, abar, tau, args.variance, gamma)
+        learned = sampler == "ddpm" and variance == "learned"
+        options = label, args.guidance, guide, args.clip, learned
+        f = predictor(run.ema, abar, args.predict, *options)
+        if sampler == "ddim":
+            return ddim(watch(f), x, abar, tau, args.eta)
+        if variance == "beta" and len(tau) == len(abar):
+            return sample(watch(f), x, abar)  # Algorithm 2 as printed
+        return ancestral(watch(f), x, abar, tau, variance, gamma)
 
-    def preview(net, n):  # quickly
-        label = common.labels_of(args, torch.arange(n))
-        x = torch.randn(n, *args.shape, device=args.device)
-        steps = subsequence(args.T, min(50, args.T))
-        return ddim(predictor(net, abar, args.predict, label), x, abar, steps)
+    few = subsequence(args.T, min(50, args.T))
+    quick = partial(draw, sampler="ddim", tau=few)
+    abar_device = abar.to(args.device)
+    objective = LOSSES[args.objective]
+    for x0, label in run.batches(images, labels):  # Algorithm 1, lines 1 and 6
+        x0 = x0 * (2 / 255) - 1  # line 2
+        l = objective(run.net, x0, abar_device, label, args.predict)  # lines 3 to 5
+        run.update(l)  # line 5: a gradient step
+        if run.preview_due:
+            common.save_samples(args, quick, run.step)
 
-    def objective(net, x0, label):
-        options = {"history": history} if extra else {}
-        of = LOSSES[args.objective]
-        return of(net, x0, table, label=label, predict=args.predict, **options)
-
-    if args.sample_only:
-        net = common.prepare(run.net, args)
-    else:
-        data = common.training_data(args, run)
-        history = torch.full((args.T, 10), math.inf, device=args.device)
-        extra = [history] if args.objective == "vlb" else []
-        options = {"run": run, "preview": preview, "extra": extra}
-        net = common.train(args, network(args), objective, data, **options)
-    if common.rank() > 0:
-        return
     common.seed_all(args.seed)
-    if args.variance == "analytic":
+    if variance == "analytic":
         steps = range(args.T + 1) if args.evaluate_bound else tau
-        gamma = analytic_gamma(args, run, net, abar, steps)
+        gamma = analytic_gamma(args, run.ema, abar, steps)
     if args.evaluate_bound:
-        report_bound(args, net, table, args.variance, gamma)
-    elif args.interpolate:
-        images = common.test_images(args, or_training=True)
-        f = predictor(net, abar, args.predict, clip=not args.no_clip)
-        tau = subsequence(args.T, min(args.sample_steps or 200, args.T))
-        encode = partial(ddim, f, abar=abar, tau=tau[::-1])
-        decode = partial(ddim, f, abar=abar, tau=tau)
-        common.interpolate(args, images, encode, decode)
+        report_bound(args, run.ema, abar_device, variance, gamma)
     else:
-        name = "" if args.sampler == "ddpm" else "-ddim"
-        common.finish(args, draw, len(tau) - 1, name)
+        common.save_samples(args, draw)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ Papers   Song & Ermon 2019, arXiv:1907.05600: Langevin dynamics with a mask     
          Lugmayr et al. 2022, arXiv:2201.09865 (RePaint): back, and again      repaint
          Choi et al. 2021, arXiv:2108.02938 (ILVR): the low frequencies           ilvr
          Chung et al. 2022, arXiv:2209.14687 (DPS): gradient through D             dps
-View     D(x, sigma) = E[x_0 | x = x_0 + sigma z] is all that is asked of a run, images
+View     D(x, sigma) = E[x_0 | x = x_0 + sigma z] is all that is needed of a run, images
          in [-1, 1]: score = (D(x, sigma) - x) / sigma^2, x = x_t / sqrt(abar_t) of DDPM
 Given    b = A x_0 + noise z with a linear A; P = A^+ A projects on what A sees. In x at
          level sigma the known part becomes x - P x + A^+ b + sigma P z        impute()
 Differs  one view, not three time scales; corrector steps by sigma, not by norms; the
-         last step gives D(x, sigma_N), no noise is left; zeta of DPS is for fewer steps
+         last step gives D(x, sigma_N), no noise is left; fewer levels: RePaint 40
+         (paper 250), DPS 100 (1000) with zeta for these, ald 30 x 10 (10 x 100); DPS
+         puts in what is known at the end; ILVR filters by A, its authors by resizing
 
     python inpaint.py                       # trains a DDPM on digits, hides left halves
     python inpaint.py runs/ncsn-mnist --mask band --method ald     # see runs/*/inpaint/
@@ -18,23 +20,24 @@ Differs  one view, not three time scales; corrector steps by sigma, not by norms
     python inpaint.py --dataset colour-digits --task colorize
 """
 
-import argparse
 import inspect
 import math
 from collections import namedtuple
 from itertools import pairwise
 from pathlib import Path
 
+import common  # before torch: it sets how long idle threads spin
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.fft import fftfreq, irfft2, rfft2, rfftfreq
 
-import common
 import ddpm
 import ncsn
 import sde
-from common import COUNT, SCALE, UserError, geometric_sigmas, karras_sigmas, say
+from common import PATH, UserError, geometric_sigmas, karras_sigmas
 
 # ------------------------------------------------------------------------ what is given
 
@@ -72,6 +75,8 @@ def blurred(H, W, width, smallest=0.05):
 
 def draw_mask(name, H, W, keep=0.25, seed=0):
     """The mask (1, 1, H, W), 1 where all is known; name: see --mask, or a file."""
+    g = torch.Generator().manual_seed(seed)
+    y, x = (torch.randint(n - n // 2 + 1, (), generator=g).item() for n in (H, W))
     holes = {
         "left": np.s_[..., : W // 2],
         "right": np.s_[..., W // 2 :],
@@ -79,21 +84,23 @@ def draw_mask(name, H, W, keep=0.25, seed=0):
         "bottom": np.s_[..., H // 2 :, :],
         "center": np.s_[..., H // 4 : H - H // 4, W // 4 : W - W // 4],
         "band": np.s_[..., W // 3 : W - W // 3],
+        "horizontal": np.s_[..., H // 3 : H - H // 3, :],  # band
+        "box": np.s_[..., y : y + H // 2, x : x + W // 2],
     }
     m = torch.ones(1, 1, H, W)
     if name in holes:
         m[holes[name]] = 0
     elif name == "random":
-        g = torch.Generator().manual_seed(seed)
+        g.manual_seed(seed)
         m = (torch.rand(m.shape, generator=g) < keep).float()
     else:
-        picture = common.as_images(common.read_picture(name)[:1])
-        m = (picture.float().mean(1, True) >= 128).float()
+        (picture, *_) = common.read_picture(name)
+        m = torch.from_numpy(picture.mean(0)[None, None] >= 128).float()
     h, w = m.shape[2:]
     if (h, w) != (H, W):
-        raise UserError(f"--mask {name} is {w} x {h}: draw it at the images' {W} x {H}")
+        raise UserError(f"--mask {name} is {w} x {h}: the images are {W} x {H}")
     if m.min() == m.max():
-        raise UserError(f"--mask {name} is of one colour: white is known, black is not")
+        raise UserError(f"--mask {name} is a single colour: white marks known pixels")
     return m
 
 
@@ -101,8 +108,8 @@ def draw_mask(name, H, W, keep=0.25, seed=0):
 
 
 def impute(x, op, b, sigma, z=None):
-    """x at level sigma, what is known put in: x - P x + A^+ b + sigma P z. Noise that b
-    has is not added again; below its level nothing is known better than x knows it."""
+    """x at level sigma, with the known part replaced: x - P x + A^+ b + sigma P z. The
+    noise in b is not added again; below its level b carries no further information."""
     if sigma < op.noise:
         return x
     z = torch.randn_like(x) if z is None else z
@@ -137,8 +144,8 @@ def ald(D, b, op, x, sigma, T=10, eps=None):
 
 @torch.no_grad()
 def replace(D, b, op, x, sigma, T=1, snr=0.16):
-    """Score SDE, I.2 to I.4, sigma (N + 1,) falling to 0; T corrector steps a level, in
-    which ||z|| / ||score|| is sigma. Biased: the noise put in is blind to the rest."""
+    """Score SDE, I.2 to I.4, sigma (N + 1,) falling to 0; T corrector steps per level,
+    with ||z|| / ||score|| = sigma. Biased: the injected noise ignores the rest."""
     for t, s in pairwise(sigma):
         x = impute(step(x, D(x, t), t, s), op, b, s)
         for _ in range(T if s > op.noise else 0):
@@ -150,7 +157,7 @@ def replace(D, b, op, x, sigma, T=1, snr=0.16):
 @torch.no_grad()
 def repaint(D, b, op, x, sigma, U=7, jump=1):
     """RePaint, Algorithm 1, sigma (N + 1,) falling to 0; jump > 1: its section 4.2.
-    Printed for x_{t-1} is the noise of t; q(x_{t-1} | x_0) must be meant."""
+    It prints the noise of t for x_{t-1}; presumably q(x_{t-1} | x_0) is meant."""
     for i in range(0, len(sigma) - 1, jump):
         block = sigma[i : i + jump + 1]
         again = U if block[-1] > op.noise else 1  # line 9: not in the last step
@@ -187,6 +194,7 @@ def dps(D, b, op, x, sigma, zeta=1.0):
     return x if op.noise else impute(x, op, b, 0.0)  # what is known, as it is
 
 
+SCRIPTS = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde}
 METHODS = {"ald": ald, "replace": replace, "repaint": repaint, "ilvr": ilvr, "dps": dps}
 LEVELS = {"ald": 30, "replace": 140, "repaint": 40, "ilvr": 250, "dps": 100}
 
@@ -227,96 +235,91 @@ def measure(x0, x, hidden):
 
 def flags():
     """The command line."""
-    form = argparse.RawDescriptionHelpFormatter
-    p = common.Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p = common.Parser(__doc__)
+    auto = "cuda" if common.CUDA else "cpu"
     add = p.add_argument
-    add("run", nargs="?", type=common.path, help="a run's folder (trains a DDPM)")
-    add("--samples", type=COUNT, default=10, help="test images (%(default)s)")
-    add("--index", type=common.number(int, 0), default=0, help="the first of them")
-    add("--completions", type=COUNT, default=10, help="of each (%(default)s)")
-    add("--image", nargs="+", type=common.path, help="your own pictures instead")
-    add("--size", type=COUNT, help="crop pictures to SIZE pixels squared")
-    add("--dataset", type=common.path, help="of the test images (the run's; digits)")
-    add("--data-dir", type=common.path, help="where data sets are kept (the run's)")
-    add("--out", type=common.path, help="folder of the pictures (RUN/inpaint)")
-    add("--device", type=common.device, default=device, help="cpu, cuda, ...")
-    add("--seed", type=common.SEED, default=0, help="of all that is random")
+    add("run", nargs="?", type=PATH, help="folder of a trained run (or trains a DDPM)")
+    add("--samples", type=int, default=10, help="test images (%(default)s)")
+    add("--index", type=int, default=0, help="index of the first test image (0)")
+    add("--completions", type=int, default=10, help="per image (%(default)s)")
+    add("--image", nargs="+", type=PATH, help="your own pictures instead")
+    add("--size", type=int, help="scale and crop pictures to SIZE x SIZE")
+    add("--dataset", type=PATH, help="data set of the test images (the run's)")
+    add("--data-dir", type=PATH, help="where data sets are stored (the run's)")
+    add("--out", type=PATH, help="output folder (RUN/inpaint)")
+    add("--device", default=auto, help="cpu, cuda, ... (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed (0)")
     tasks = ["inpaint", "super", "deblur", "denoise", "colorize"]
     add("--task", choices=tasks, default="inpaint", help="what to do (%(default)s)")
-    masks = "hides: left, right, top, bottom, center, band, random; or FILE, its black"
-    add("--mask", type=common.path, default="left", help=masks)
-    add("--keep", type=common.SHARE, default=0.25, help="left by --mask random")
-    add("--factor", type=COUNT, default=4, help="super: pixels squared in one")
-    add("--blur", type=SCALE, default=1.5, help="deblur: width in pixels")
-    add("--noise", type=SCALE, default=0.5, help="denoise: sigma; white is 1")
-    auto = "auto: repaint, but replace to denoise"
+    masks = "hide left, right, top, bottom, center, band, horizontal (band), box (at "
+    masks += "a random place), random (pixels), or the black pixels of an image FILE"
+    add("--mask", type=PATH, default="left", help=masks)
+    add("--keep", type=float, default=0.25, help="share kept by --mask random (0.25)")
+    add("--factor", type=int, default=4, help="super: FACTOR^2 pixels become one (4)")
+    add("--blur", type=float, default=1.5, help="deblur: standard deviation in pixels")
+    add("--noise", type=float, default=0.5, help="denoise: sigma; white is 1 (0.5)")
+    auto = "auto: replace for denoise, else repaint"
     add("--method", choices=["auto", *METHODS], default="auto", help=auto)
-    add("--sample-steps", type=COUNT, help=f"noise levels ({LEVELS})")
-    add("--T", type=common.number(int, 0), help="steps a level (ald 10, replace 1)")
-    add("--U", type=COUNT, help="of repaint: passes of a level (7; paper: 10)")
-    add("--jump", type=COUNT, help="of repaint: levels at once (1; paper: 10)")
-    add("--zeta", type=SCALE, help="of dps: step size (1; paper: 0.3 to 1)")
+    add("--sample-steps", type=int, help="noise levels (depends on the method)")
+    add("--T", type=int, help="steps per level (ald 10, replace 1)")
+    add("--U", type=int, help="repaint: passes per level (7; paper: 10)")
+    add("--jump", type=int, help="repaint: levels per pass (1; paper: 10)")
+    add("--zeta", type=float, help="dps: step size (1; paper: 0.3 to 1)")
     return p
 
 
-def view(run, device="cpu"):
+def view(net, theirs):
     """(D, (sigma_min, sigma_max)) of a run of any script, for images in [-1, 1]."""
-    scripts = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde}
-    D, (low, high) = scripts[run.script].denoiser(run, device)
-    if run.script != "ncsn":
+    D, (low, high) = SCRIPTS[theirs.script].denoiser(net, theirs)
+    if theirs.script != "ncsn":
         return D, (low, high)
 
-    def D_twice(x, sigma):  # NCSN's images are in [0, 1]
+    def D_rescaled(x, sigma):  # NCSN's images are in [0, 1]
         return 2 * D((x + 1) / 2, sigma / 2) - 1
 
-    return D_twice, (2 * low, 2 * high)
+    return D_rescaled, (2 * low, 2 * high)
 
 
 def trained(args):
-    """The run in the folder named, else of a DDPM, trained now where there is none."""
+    """Network and settings of the given run, or of a DDPM, trained now if there is
+    none."""
     if not args.run:
         dataset = args.dataset or "digits"
         args.run = f"runs/ddpm-{Path(dataset).resolve().name}"
-        if not common.is_run(args.run):
-            say(f"train  no RUN is named: a DDPM learns {dataset} first, in {args.run}")
+        if not Path(args.run, "ckpt.pt").exists():
+            print(f"train  no run given: first a DDPM on {dataset}, in {args.run}")
             argv = ["--out", args.run, "--sample-steps", "50", "--device", args.device]
             argv += ["--dataset", dataset, "--data-dir", args.data_dir or "data"]
             argv += ["--size", str(args.size)] if args.size else []
             ddpm.main(argv)
-    run = common.load_checkpoint(args.run, {**ncsn.KIND, **ddpm.KIND, **sde.KIND})
-    common.prepare(run.net, argparse.Namespace(precision="auto", device=args.device))
-    return run
+    networks = {name: script.network for name, script in SCRIPTS.items()}
+    return common.load(args.run, args.device, **networks)
 
 
-def pictures(args, run):
-    """(images uint8 (N, C, H, W), labels (N,) or []) that are to be completed."""
-    size = args.size or run.args.size
+def pictures(args, theirs):
+    """(images uint8 (N, C, H, W), labels (N,) or []) to complete."""
+    size = args.size or theirs.size
     if args.image:
-        return torch.cat([own(f, size, *run.args.shape) for f in args.image]), []
-    name = args.dataset or run.args.dataset
-    folder = common.is_folder(name)
-    split = "train" if folder else "test"
-    data_dir = args.data_dir or run.args.data_dir
-    images, labels = common.load_images(name, split, data_dir, size)
-    if list(images.shape[1:]) != run.args.shape:
-        raise UserError(f"{name} is not of the run's {run.args.shape}: see --image")
+        return torch.cat([own(f, size, *theirs.shape) for f in args.image]), []
+    name, data_dir = args.dataset or theirs.dataset, args.data_dir or theirs.data_dir
+    images, labels, _ = common.load_images(name, "test", data_dir, size)
+    if list(images.shape[1:]) != theirs.shape:
+        raise UserError(f"{name} is not of the run's shape {theirs.shape}: see --image")
     if args.index >= len(images):
         raise UserError(f"--index {args.index}: {name} has {len(images)} images")
-    if folder and name == run.args.dataset:
-        say(f"note   these are training pictures: the folder {name} has no test images")
     some = slice(args.index, args.index + args.samples)
     return images[some], [] if labels is None else labels[some]
 
 
 def own(path, size, C, H, W):
     """The image uint8 (1, C, H, W) in a file. UserError if it does not fit the run."""
-    image = common.as_images(common.read_picture(path, size)[:1])
+    (page, *_) = common.read_picture(path, size)
+    image = common.as_images(torch.from_numpy(page)[None])
     c, h, w = image.shape[1:]
     if (h, w) != (H, W):
         raise UserError(f"--image {path} is {w} x {h}: --size, or make it {W} x {H}")
     if c > C:
-        raise UserError(f"--image {path} is in colour, the run is grey: make it grey")
+        raise UserError(f"--image {path} is in colour, but the run is grey: convert it")
     return image.expand(-1, C, -1, -1)
 
 
@@ -344,7 +347,7 @@ def plan(args, op, low, high):
     auto = "replace" if op.noise else "repaint"
     method = auto if args.method == "auto" else args.method
     if method == "ald" and op.noise:
-        raise UserError("--method ald knows no noise in what is given: take another")
+        raise UserError("--method ald cannot handle noisy measurements: choose another")
     parameters = inspect.signature(METHODS[method]).parameters.values()
     options = {p.name: p.default for p in parameters if p.default is not p.empty}
     names = "T", "U", "jump", "zeta"
@@ -352,58 +355,61 @@ def plan(args, op, low, high):
     if given.keys() - options:
         raise UserError(f"--method {method} takes {list(options)} of {list(names)}")
     sigma = levels(method, low, high, args.sample_steps or LEVELS[method])
-    if op.noise:  # b is a draw of this level: begin there
+    if op.noise:  # b is a sample at this level: start there
         if not sigma[-2] < op.noise < sigma[0]:
             raise UserError(f"--noise must be in {sigma[-2]:.3g} ... {sigma[0]:.3g}")
         sigma = [op.noise] + [s for s in sigma if s < op.noise]
     return method, options | given, sigma
 
 
-def save(out, images, given, x, frames, **rows):
-    """OUT.png: truth, given, completions; OUT-process.gif: those of the first image;
-    OUT.npz: completions (N, K, H, W, C), truth (N, H, W, C), and rows an image."""
+def save(path, images, given, x, frames, **rows):
+    """PATH.png: truth, given, completions; PATH-process.gif: the first image's;
+    PATH.npz: completions (N, K, H, W, C), truth (N, H, W, C), one entry per image."""
     sheet = torch.cat([images[:, None], given[:, None], x], dim=1)[:20, :12]
     picture = common.grid(sheet.flatten(0, 1), cols=sheet.shape[1])
-    common.save_picture(picture, f"{out}.png")
-    common.save_process([common.to_uint8(f) for f in frames], f"{out}-process")
+    common.write(f"{path}.png", lambda f: picture.save(f, "PNG"))
+    common.save_process([common.to_uint8(f) for f in frames], f"{path}-process")
     truth = images.permute(0, 2, 3, 1)
     completions = x.permute(0, 1, 3, 4, 2)
-    with common.aside(f"{out}.npz") as f:
-        np.savez(f, completions=completions, truth=truth, **rows)
-    say(f"saved  {out}.png, .npz, -process.gif")
+    rows |= {"completions": completions, "truth": truth}
+    common.write(f"{path}.npz", lambda f: np.savez(f, **rows))
+    print(f"saved  {path}.png, .npz, -process.gif")
 
 
-def main(argv=None):
-    args = flags().parse_args(argv)
-    common.keep_memory()
-    run = trained(args)
-    D, (low, high) = view(run, args.device)
-    say(f"run    {args.run}: {run.script}, {run.args.dataset}, {run.step} steps")
-    images, labels = pictures(args, run)
-    op, name, hidden = operator(args, *run.args.shape)
+def main(argv=()):
+    args = flags().read(argv)
+    with common.blame(f"--device {args.device} cannot be used here"):
+        torch.empty(0, device=args.device)
+    net, theirs = trained(args)
+    D, (low, high) = view(net, theirs)
+    print(f"run    {args.run}: {theirs.script}, {theirs.dataset}")
+    images, labels = pictures(args, theirs)
+    op, name, hidden = operator(args, *theirs.shape)
     method, options, sigma = plan(args, op, low, high)
-    say(f"given  {name}   method {method} {options}, {len(sigma)} levels ...")
-    N, K = len(images), args.completions
+    words = "".join(f", {k} = {v}" for k, v in options.items())
+    print(f"given  {name}: {method} on {len(sigma)} levels{words} ...")
+    N = len(images)
     chunk = 50 if "cuda" in args.device else 1  # images at once, always so many
-    calls = len(sigma) * options.get("U", options.get("T", 0) + 1)
     parts, frames = [], None
     for first in range(0, N, chunk):
         some = torch.arange(first, first + chunk).clamp(max=N - 1)
         x0 = images[some].to(args.device) / 127.5 - 1
         common.seed_all(args.seed, args.index + first)
-        watch = common.Watch(calls)
-        given, x = complete(watch(D), x0, op, method, sigma, K, **options)
+        watch = common.Watch()
+        given, x = complete(
+            watch(D), x0, op, method, sigma, args.completions, **options
+        )
         if not x.isfinite().all():
             raise UserError("the completions are not finite: give a smaller --zeta")
         frames = frames or [*watch.frames, x[0, :8].cpu()]
         parts.append((common.to_uint8(given), common.to_uint8(x)))
-        say(f"draw   {min(first + chunk, N)}/{N}   {watch.count} evaluations each")
+        print(f"sample {min(first + chunk, N)}/{N}   {watch.calls} evaluations each")
     given, x = (torch.cat(part)[:N] for part in zip(*parts))
     measures = measure(images, x, hidden)
     for key, v in measures.items():
-        say(f"mean   {key} {v.mean():.3f}, from {v.min():.3f} to {v.max():.3f}")
-    out = args.out or f"{args.run}/inpaint"
-    save(f"{out}/{name}-{method}", images, given, x, frames, labels=labels, **measures)
+        print(f"{key}: mean {v.mean():.3f}, min {v.min():.3f}, max {v.max():.3f}")
+    path = f"{args.out or f'{args.run}/inpaint'}/{name}-{method}"
+    save(path, images, given, x, frames, labels=labels, **measures)
 
 
 if __name__ == "__main__":

@@ -11,27 +11,37 @@ Loss     1/L sum_i lambda(sigma_i) l(sigma_i), lambda(sigma) = sigma^2          
 Sample   for sigma_1 ... sigma_L, T times each:
          x <- x + alpha_i / 2 s(x, sigma_i) + sqrt(alpha_i) z,
          alpha_i = eps sigma_i^2 / sigma_L^2                                Algorithm 1
-Differs  mean over pixels instead of sum; one U-Net, told log sigma, that learns what
-         the score of N(0, (sigma^2 + 1/4) I) lacks (not with --improved); more levels
-         and a larger first sigma, the last is 0.05; T = 10; lambda = sigma^3; Muon,
-         clipped gradients, a learning rate that decays; an average of the weights
-         that is shorter at first; a last denoising step, as in the second paper (the
-         first one's code returns the state before its last step, clamped); --improved
-         starts at sigma_1 z, its authors' code at uniform noise. Both papers'
-         code takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5 is 4e-5 here
+Differs  mean over pixels instead of sum; one U-Net, given log sigma, that learns the
+         residual to the score of N(0, (sigma^2 + 1/4) I) (not with --improved); more
+         levels, a larger first sigma, 0.05 as the last; T = 10; lambda = sigma^3; Muon,
+         gradient clipping, learning-rate decay; a weight EMA with a shorter horizon
+         early on; images are not dequantised; a last denoising step, as in the second
+         paper (the first one's code returns the state before its last step, clamped);
+         --improved starts at sigma_1 z, its authors' code at uniform noise. Both
+         papers' code takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5 is 4e-5 here
 
-    python ncsn.py                              # draws its own digits, and learns them
+    python ncsn.py                              # renders its own digits, trains on them
     python ncsn.py --dataset mnist              # then see runs/ncsn-mnist/samples.png
+    python ncsn.py --dataset mnist --paper --out runs/paper     # the paper's settings
     python ncsn.py --dataset mnist --improved --out runs/ncsnv2-mnist
 """
 
-import functools
 import math
+from functools import partial
 
+import common  # before torch: it sets how long idle threads spin
+
+# isort: split
 import torch
 
-import common
-from common import UNet, UserError, each, geometric_sigmas, hide, per_sample, say
+from common import ON_OFF, UNet, UserError, each, geometric_sigmas, hide, per_sample
+
+# --paper undoes what "Differs" lists; with --improved the second paper's settings
+PAPER = {"sigma_max": 1.0, "sigma_min": 0.01, "levels": 10, "power": 2.0}
+PAPER |= {"gaussian": False, "T": 100, "eps": 4e-5, "denoise": False}
+PAPER |= {"optimizer": "adam", "lr": 1e-3, "constant_lr": True}
+IMPROVED = PAPER | {"sigma_max": None, "levels": None, "eps": None}  # by Techniques
+IMPROVED |= {"T": 5, "denoise": True, "lr": 1e-4}
 
 
 def score(net, x, sigma, label=None):
@@ -46,10 +56,10 @@ def score(net, x, sigma, label=None):
 
 
 def loss(net, x, sigma, label=None, power=2.0):
-    """Denoising score matching over the levels sigma (L,), eqs. (5), (6), pixels' mean.
+    """Denoising score matching over the levels sigma (L,), eqs. (5), (6), per pixel.
 
     x (B, ...), images in [0, 1] or points; lambda = sigma^power. One in ten labels is
-    hidden (-1), so that one network learns with and without them.
+    dropped (-1), so the network also learns the unconditional score.
     """
     i = torch.randint(len(sigma), (len(x),), device=x.device)  # the sum of eq. (6)
     sigma_i = sigma[i]  # (B,)
@@ -65,9 +75,9 @@ def loss(net, x, sigma, label=None, power=2.0):
 def ssm_loss(net, x, sigma, label=None, power=2.0, reduced=True):
     """Sliced score matching, E[v^T grad_x s v + norm / 2], over the same levels.
 
-    norm: (v^T s)^2, or with reduced variance || s ||^2 (SSM-VR; eq. (3) of NCSN). v of
-    random signs; the plain SSM code takes v of unit length. On average it is the loss
-    above less sigma^(power - 2) / 2.
+    norm: (v^T s)^2, or with reduced variance || s ||^2 (SSM-VR; eq. (3) of NCSN). v has
+    random signs; the plain SSM code uses unit vectors. Its mean is that of the loss
+    above minus sigma^(power - 2) / 2.
     """
     i = torch.randint(len(sigma), (len(x),), device=x.device)
     sigma_i = sigma[i]
@@ -82,6 +92,8 @@ def ssm_loss(net, x, sigma, label=None, power=2.0, reduced=True):
     return (sigma_i**power * l).mean()
 
 
+OBJECTIVES = {"dsm": loss, "ssm": partial(ssm_loss, reduced=False), "ssm-vr": ssm_loss}
+
 # ------------------------------------------------- sampling: annealed Langevin dynamics
 
 
@@ -89,7 +101,7 @@ def ssm_loss(net, x, sigma, label=None, power=2.0, reduced=True):
 def sample(s_theta, x, sigma, eps, T, denoise=True):
     """Algorithm 1 from x (B, ...) over the falling levels sigma (L,), T steps on each.
 
-    s_theta(x, sigma_i), a score of a number. denoise: end with E[x | x~], Tweedie's
+    s_theta(x, sigma_i) takes a number. denoise: end with E[x | x~], Tweedie's
     formula. ValueError unless sigma falls.
     """
     if (sigma[1:] >= sigma[:-1]).any():
@@ -105,11 +117,11 @@ def sample(s_theta, x, sigma, eps, T, denoise=True):
 
 
 def meter(sigma, eps):
-    """(r, inflation) of Algorithm 1, the same on all levels.
+    """(step ratio r, inflation of the variance) of Algorithm 1, equal on all levels.
 
-    r = a / sigma_i^2 of the update x + a s + sqrt(2 a) z, a = alpha_i / 2. On a point
-    it multiplies the distance by 1 - r: unstable above r = 2; the variance settles at
-    sigma_i^2 / (1 - r/2), an inflation of 1 / (1 - r/2).
+    r = a / sigma_i^2 of the update x + a s + sqrt(2 a) z, a = alpha_i / 2. It
+    multiplies the distance from a point by 1 - r, so r > 2 is unstable; the variance
+    converges to sigma_i^2 / (1 - r/2), an inflation of 1 / (1 - r/2).
     """
     r = eps / float(sigma[-1]) ** 2 / 2
     return r, 1 / (1 - r / 2) if r < 2 else math.inf
@@ -122,7 +134,7 @@ def largest_distance(images, device="cpu", block=2000):
     """Technique 1: sigma_1 = max_ij || x_i - x_j ||_2 of uint8 images, in [0, 1].
 
     Exact: no pair is farther apart than the sum of its distances to the mean, so blocks
-    of images nearer to it are left out.
+    of images too close to the mean are skipped.
     """
     x = images.flatten(1).to(device) / 255
     r, order = (x - x.mean(0)).norm(dim=1).sort(descending=True)
@@ -138,8 +150,8 @@ def largest_distance(images, device="cpu", block=2000):
 def overlap(gamma, d):
     """Phi(sqrt(2 d) (gamma - 1) + 3 gamma) - Phi(sqrt(2 d) (gamma - 1) - 3 gamma).
 
-    The share of one level's noise that lies where that of the level gamma times as
-    large does, in d dimensions (Technique 2).
+    The fraction of one level's noise that falls into the shell of the level gamma times
+    as large, in d dimensions (Technique 2).
     """
     a = math.sqrt(2 * d) * (gamma - 1)
     upper, lower = (a + 3 * gamma) / math.sqrt(2), (a - 3 * gamma) / math.sqrt(2)
@@ -149,7 +161,7 @@ def overlap(gamma, d):
 def level_ratio(d):
     """Technique 2: gamma = sigma_{i-1} / sigma_i for which overlap(gamma, d) = 0.5.
 
-    UserError for d <= 4, where none is.
+    UserError for d <= 4, where there is none.
     """
     if d <= 4:
         raise UserError(f"Technique 2 has no solution in d = {d}: it needs d > 4")
@@ -167,9 +179,9 @@ def step_size(gamma, T):
     """Technique 4: (r, value), the r = eps / sigma_L^2 with the value nearest to 1 of
     (1-r)^2T (gamma^2 - 2r / (1 - (1-r)^2)) + 2r / (1 - (1-r)^2).
 
-    The variance on a point mass, over sigma_i^2, after T steps on level i that began
-    with gamma^2 sigma_i^2, of the level before. It stays above 1: 2r / (1 - (1-r)^2) is
-    the meter's inflation.
+    The variance on a point mass, divided by sigma_i^2, after T steps on level i that
+    start from gamma^2 sigma_i^2, the level before. It stays above 1: 2r / (1 - (1-r)^2)
+    is the inflation of meter().
     """
     r = torch.logspace(-6, 0, 10**6, dtype=torch.float64)
     inflation = 2 * r / (1 - (1 - r) ** 2)
@@ -184,10 +196,10 @@ def derive(d, sigma_max, sigma_min, T, L=None):
     L = L or math.ceil(1 + span / math.log(gamma))
     actual = math.exp(span / max(1, L - 1))  # L is a whole number: slightly smaller
     r, value = step_size(actual, T)
-    say(f"tech 1 sigma_1 = {sigma_max:.4g}, at best that of the farthest two images")
-    say(f"tech 2 gamma = {gamma:.5f}; L = {L} levels overlap: {overlap(actual, d):.3f}")
-    say("tech 3 s(x, sigma) = net(x) / sigma; tech 5: averaged weights, --ema")
-    say(f"tech 4 variance {value:.4f} sigma^2 on leaving a level, r = {r:.4g}, T = {T}")
+    print(f"tech 1 sigma_1 = {sigma_max:.4g} (largest distance, unless --sigma-max)")
+    print(f"tech 2 gamma = {gamma:.5f}; L = {L}, overlap {overlap(actual, d):.3f}")
+    print("tech 3 s(x, sigma) = net(x) / sigma; tech 5: averaged weights, --ema")
+    print(f"tech 4 variance {value:.4f} sigma^2 after a level, r = {r:.4g}, T = {T}")
     return L, 2 * r * sigma_min**2  # x + alpha/2 s here, x + alpha s there
 
 
@@ -195,7 +207,7 @@ def derive(d, sigma_max, sigma_min, T, L=None):
 
 
 class ScoreUNet(UNet):
-    """sigma s(x, sigma): that of N(0, (sigma^2 + 1/4) I), and what the U-Net adds."""
+    """sigma s(x, sigma): that of N(0, (sigma^2 + 1/4) I) plus the U-Net's residual."""
 
     def forward(self, x, noise, label=None):
         sigma = per_sample(noise.exp(), x)
@@ -204,139 +216,119 @@ class ScoreUNet(UNet):
 
 
 class UntoldUNet(UNet):
-    """Technique 3: the U-Net is not told sigma, so s(x, sigma) = net(x) / sigma."""
+    """Technique 3: the U-Net is not given sigma, so s(x, sigma) = net(x) / sigma."""
 
     def forward(self, x, noise, label=None):
         return super().forward(x, torch.zeros_like(noise), label)
 
 
 def flags():
-    """The command line: what all scripts share, and the papers' own."""
-    p = common.arguments(__doc__)
+    """The command line: the shared flags and this script's own."""
+    p = common.arguments(
+        "ncsn", __doc__, lambda args: IMPROVED if args.improved else PAPER
+    )
     add = p.settled.add_argument
     add("--improved", action="store_true", help="NCSNv2: Techniques 1 to 5")
-    objectives = ["dsm", "ssm", "ssm-vr"]
-    add("--objective", choices=objectives, default="dsm", help="denoising or sliced")
-    count, scale, power = common.COUNT, common.SCALE, common.number(float, 0, 9)
-    add("--sigma-max", type=scale, help="sigma_1 (5, or by Technique 1; paper: 1)")
-    add("--sigma-min", type=scale, default=0.05, help="sigma_L (0.05, papers: 0.01)")
-    add("--levels", type=count, help="L (30, or by Technique 2; paper: 10)")
-    add("--power", type=power, default=3.0, help="of lambda (3, paper: 2)")
-    add = p.add_argument
-    add("--eps", type=scale, help="step size (1e-3, or Technique 4; paper: 2e-5)")
-    add("--T", type=count, help="steps a level (10, improved 5; papers: 100, 5)")
-    add("--no-denoise", action="store_true", help="leave out the last denoising step")
+    words = "denoising or sliced score matching"
+    add("--objective", choices=OBJECTIVES, default="dsm", help=words)
+    add("--sigma-max", type=float, help="sigma_1 (5, or by Technique 1; paper: 1)")
+    add("--sigma-min", type=float, default=0.05, help="sigma_L (0.05, papers: 0.01)")
+    add("--levels", type=int, help="noise levels L (30, or Technique 2; paper: 10)")
+    add("--power", type=float, default=3.0, help="p of lambda = sigma^p (3; paper: 2)")
+    words = "learn the residual to a Gaussian's score (paper: no)"
+    add("--gaussian", action=ON_OFF, default=True, help=words)
+    add = p.sampling.add_argument
+    add("--eps", type=float, help="step size (1e-3, or Technique 4; paper: 4e-5)")
+    add("--T", type=int, help="steps per level (10, improved 5; papers: 100, 5)")
+    add("--denoise", action=ON_OFF, default=True, help="a last denoising step")
     return p
 
 
 def network(args):
     """The U-Net of a run's settings."""
-    return common.unet(args, kind=UntoldUNet if args.improved else ScoreUNet)
-
-
-KIND = {"ncsn": (flags, network)}
+    kind = ScoreUNet if args.gaussian else UNet
+    kind = UntoldUNet if args.improved else kind
+    return kind(args.shape[0], args.width, args.n_classes)
 
 
 def as_score(net, label=None, w=0.0, guide=None):
     """The network as sample() calls it: s(x, sigma_i), sigma_i a number.
 
-    w: guidance, (1 + w) s - w s'; s' is that of a worse network, the guide (Karras et
-    al. 2024, arXiv:2406.02507, whose w is 1 + w here), or without one that of no label
-    (arXiv:2207.12598).
+    w: guidance, see common.guided.
     """
-    if w and label is None and guide is None:
-        raise ValueError("guidance needs labels (B,), or a guide")
-
-    def s(x, sigma_i):
-        sigma = each(sigma_i, x)
-        better = score(net, x, sigma, label)
-        if not w:
-            return better
-        if guide:
-            worse = score(guide, x, sigma, label)
-        else:
-            worse = score(net, x, sigma, torch.full_like(label, -1))
-        return (1 + w) * better - w * worse
-
-    return s
+    guided_net = common.guided(net, label, w, guide)
+    return lambda x, sigma_i: score(guided_net, x, each(sigma_i, x))
 
 
 def load(folder, device="cpu", label=None, w=0.0):
-    """(score, sigma, shape of an image) of a trained run, as sample() wants them."""
-    run = common.load_checkpoint(folder, KIND)
-    a = run.args
-    sigma = geometric_sigmas(a.sigma_max, a.sigma_min, a.levels)
-    return as_score(run.net.to(device), label, w), sigma, a.shape
+    """(score, sigma, image shape) of a trained run, as sample() takes them."""
+    net, args = common.load(folder, device, ncsn=network)
+    sigma = geometric_sigmas(args.sigma_max, args.sigma_min, args.levels)
+    return as_score(net, label, w), sigma, args.shape
 
 
-def denoiser(run, device="cpu"):
-    """(D, (sigma_min, sigma_max)) of a checkpoint; images in [0, 1]; sigma (B,) or one.
+def denoiser(net, args):
+    """(D, (sigma_min, sigma_max)) of a trained run; images in [0, 1].
 
-    D(y, sigma, label=None) = E[x | y = x + sigma z] = y + sigma^2 s(y, sigma).
+    D(y, sigma, label=None) = E[x | y = x + sigma z] = y + sigma^2 s(y, sigma), sigma a
+    number or (B,).
     """
-    net = run.net.to(device)
 
     def D(y, sigma, label=None):
-        sigma = each(sigma, y)
-        return y + per_sample(sigma, y) ** 2 * score(net, y, sigma, label)
+        s = score(net, y, each(sigma, y), label)
+        return y + per_sample(sigma, y) ** 2 * s
 
-    return D, (run.args.sigma_min, run.args.sigma_max)
+    return D, (args.sigma_min, args.sigma_max)
 
 
 # ------------------------------------------------------------------ from flags to files
 
 
-def main(argv=None):
-    args, run = common.start(KIND, argv)
-    guide = common.load_guide(args, KIND)
+def settle(args, images):
+    """(sigma (L,), eps, T): levels and steps from the flags, or Techniques 1, 2, 4."""
     T = args.T or (5 if args.improved else 10)
-    if not args.sample_only:
-        data = common.training_data(args, run)  # images, labels
-        if args.improved and not args.sigma_max:
-            args.sigma_max = largest_distance(data[0], args.device)
-    args.sigma_max = args.sigma_max or 5.0
-    if args.sigma_min >= args.sigma_max:
-        raise UserError(f"--sigma-min {args.sigma_min} is not below {args.sigma_max}")
     eps = 1e-3
+    if args.improved and not args.sigma_max:
+        args.sigma_max = largest_distance(images, args.device)
+    args.sigma_max = args.sigma_max or 5.0
+    if not 0 < args.sigma_min < args.sigma_max:
+        raise UserError(f"--sigma-min {args.sigma_min} is not below {args.sigma_max}")
     if args.improved:
         ends = args.sigma_max, args.sigma_min
         args.levels, eps = derive(math.prod(args.shape), *ends, T, args.levels)
     args.levels = args.levels or 30
-    eps = args.eps or eps
     sigma = geometric_sigmas(args.sigma_max, args.sigma_min, args.levels)
+    eps = args.eps or eps
     r, inflation = meter(sigma, eps)
-    say(f"meter  r = a / sigma^2 = {r:.4g}, inflates variances by {inflation:.4g}")
+    print(f"steps  step ratio r = {r:.4g} inflates the variance by {inflation:.4g}")
     if r > 1:
-        say(f"warn   r > {1 if r <= 2 else 2}: Langevin steps overshoot, lower --eps")
+        print(f"warn   r > {1 if r <= 2 else 2}: Langevin steps overshoot, lower --eps")
+    return sigma, eps, T
 
-    def draw(net, index, watch, *guidance):
+
+def main(argv=()):
+    args = common.start(flags(), argv)
+    images, labels = (None, None) if args.sample_only else common.data_of(args)
+    sigma, eps, T = settle(args, images)
+    guide, _ = common.load_guide(args, "n_classes", ncsn=network)
+    run = common.Run(args, network(args))
+
+    def draw(index, watch, T=T):
         x = torch.rand(len(index), *args.shape, device=args.device)
         if args.improved:
             x = args.sigma_max * torch.randn_like(x)
-        s = watch(as_score(net, common.labels_of(args, index), *guidance))
-        return sample(s, x, sigma, eps, T, not args.no_denoise)
+        s = as_score(run.ema, common.labels_of(args, index), args.guidance, guide)
+        return sample(watch(s), x, sigma, eps, T, args.denoise)
 
-    def guided(index, watch):
-        return draw(net, index, watch, args.guidance, guide and guide.net)
-
-    def preview(net, n):
-        return draw(net, torch.arange(n), common.Watch())
-
-    if args.sample_only:
-        net = common.prepare(run.net, args)
-    else:
-        levels = sigma.float().to(args.device)
-        sliced = functools.partial(ssm_loss, reduced=args.objective == "ssm-vr")
-        matching = loss if args.objective == "dsm" else sliced
-
-        def objective(net, x, label):
-            return matching(net, x, levels, label, args.power)
-
-        options = {"run": run, "low": 0.0, "preview": preview}
-        net = common.train(args, network(args), objective, data, **options)
-    if common.rank() == 0:
-        calls = args.levels * T + (not args.no_denoise)
-        common.finish(args, guided, calls, low=0.0)
+    quick = partial(draw, T=min(T, 10))
+    levels = sigma.float().to(args.device)
+    objective = OBJECTIVES[args.objective]
+    for x, label in run.batches(images, labels):
+        x = x * (1 / 255)  # in [0, 1], as in the paper
+        run.update(objective(run.net, x, levels, label, args.power))
+        if run.preview_due:
+            common.save_samples(args, quick, run.step, low=0.0)
+    common.save_samples(args, draw, low=0.0)
 
 
 if __name__ == "__main__":

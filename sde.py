@@ -5,49 +5,68 @@ Papers   Song et al. 2021, arXiv:2011.13456 (equation numbers without a name)
          --weighting likelihood
          Jolicoeur-Martineau et al. 2021, arXiv:2105.14080: --sampler adaptive
          Karras et al. 2022, arXiv:2206.00364 (EDM): --sde edm, --sampler heun
+         Lu et al. 2022, arXiv:2211.01095 (DPM-Solver++): --sampler dpm
+         Lipman et al. 2022, arXiv:2210.02747 (flow matching), and Liu et al. 2022,
+         arXiv:2209.03003 (rectified flow): --sde flow, --weighting flow
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
-         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guide RUN, a worse run;
-         or a classifier's, trained by --train-classifier, for eq. (14)
+         Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guide RUN, a weaker run;
+         or a classifier, trained with --train-classifier, for eq. (14)
 Forward  dx = f(x, t) dt + g(t) dw, so x(t) = a(t) x(0) + s(t) z      eqs. (5), (29)
 Loss     E_t lambda(t) E || s_theta(x(t), t) - grad log p_0t(x(t) | x(0)) ||^2,
          lambda = s^2 (--weighting paper); by default EDM's, for all SDEs   eq. (7)
 Sample   dx = [f - g^2 s_theta] dt + g dw, from T down to 0                 eq. (6)
 ODE      dx = [f - g^2 s_theta / 2] dt has the same p_t(x); the integral of its
          divergence gives log p(x)                                   eqs. (13), (39)
-Network  one for all: in y = x / a = x(0) + sigma z, sigma = s / a, these SDEs are all
+Network  one for all: in y = x / a = x(0) + sigma z, sigma = s / a, all these SDEs add
          the same noise; D(y; sigma) = E[x(0) | y] as in EDM's Table 1 with
-         sigma_data = 1. So a trained network draws by any of them: --sample-only --sde
+         sigma_data = 1. So one network samples with any of them: --sample-only --sde
 Differs  mean over pixels instead of sum; the loss and its noise, which are EDM's for
-         all SDEs, at a larger sigma; a smaller U-Net, told log sigma, where EDM has
-         log(sigma) / 4; Muon, and a learning rate that decays; the average of the
-         weights begins with decay 0.1, the authors' with 0.18; images are dequantised
-         in training too; D is clipped to [-1, 1] while drawing; beta_i, G_i are of the
-         exact forward transition between two times, N gaps from T to t_min (the
-         authors' Euler-Maruyama has steps of 1 / N on N - 1 gaps); heun has EDM's grid,
-         the samplers with --grid times even in atan(sigma / 2), not in t; VE's paper
-         has images in [0, 1]: its sigmas 0.01 to 50 are 0.02 to 100 here; what is
-         returned is E[x(0) | x(t_min)]
+         all SDEs, at a larger sigma; a smaller U-Net, given log sigma where EDM has
+         log(sigma) / 4; Muon, learning-rate decay, averaged weights, decay 0.999
+         (paper: 0.9999); images are dequantised in training too; D is clipped to [-1,
+         1] in sampling; beta_i, G_i are those of the exact forward transition between
+         two times, N gaps from T to t_min (the authors' Euler-Maruyama has steps of 1 /
+         N on N - 1 gaps); they correct before they predict, the algorithms after; heun
+         has EDM's grid, 25 steps and churn 10 (18 and 0), the samplers with --grid
+         times even in atan(sigma / 2), not in t; VE's paper has images in [0, 1]: its
+         sigmas 0.01 to 50 are 0.02 to 100 here, and eq. (29)'s -sigma^2(0) is left out
+         as in its code; E[x(0) | x(t_min)] is returned, rounded down to a grey level
 
     python sde.py --dataset mnist       # trains, then see runs/sde-mnist/samples.png
+    python sde.py --dataset mnist --paper --out runs/paper      # the paper's settings
     python sde.py --dataset mnist --sample-only --evaluate-bits 100  # exact bits/dim
     python sde.py --dataset mnist --sample-only --sampler ancestral --sample-steps 1000
 """
 
-import functools
-import itertools
 import math
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
 
+import common  # before torch: it sets how long idle threads spin
+
+# isort: split
 import torch
 import torch.nn.functional as F
 
-import common
-from common import UserError, each, hide, karras_sigmas, per_sample, say
+from common import ON_OFF, UserError, each, hide, karras_sigmas, per_sample
+
+# --paper undoes what "Differs" lists, by --sde; P_mean stays EDM2's
+PAPER = {"weighting": "paper", "optimizer": "adam", "lr": 2e-4, "constant_lr": True}
+PAPER |= {"sampler": "pc", "sample_steps": 1000, "grid": "t", "clip": False}
+PAPER |= {"snr": 0.01}
+EDM_PAPER = {"weighting": "edm", "sampler": "heun", "sample_steps": 18, "churn": 0.0}
+PAPERS = {
+    "ve": PAPER | {"snr": 0.16, "sigma_min": 0.02, "sigma_max": 100.0},
+    "edm": PAPER | EDM_PAPER | {"lr": 1e-3},
+    "flow": PAPER | {"weighting": "flow", "sampler": "ode"},  # rectified flow's
+}
 
 # --------------------------------------- the SDEs; t and what depends on it: (B,) or ()
 
 
 class VE:
-    """Variance exploding, limit of NCSN: dx = sqrt(d sigma^2 / dt) dw, eqs. (9), (30).
+    """Variance exploding, limit of NCSN: dx = sqrt(d sigma^2 / dt) dw, eqs. (9), (31).
 
     prior: standard deviation of x(T); t_min: where sampling ends.
     """
@@ -58,7 +77,7 @@ class VE:
 
     def kernel(self, t):
         """a and s of p_0t(x(t) | x(0)) = N(a x(0), s^2 I)."""
-        sigma = self.sigma_min * self.ratio**t  # eq. (30)
+        sigma = self.sigma_min * self.ratio**t  # eq. (31)
         return torch.ones_like(t), sigma
 
     def fg(self, x, t):
@@ -134,11 +153,33 @@ class SubVP(VP):
         return super().time(torch.expm1(2 * torch.asinh(sigma / 2)).sqrt())
 
 
+class Flow:
+    """Flow matching's straight line, x(t) = (1 - t) x(0) + t z, as an SDE.
+
+    dx = -x / (1 - t) dt + sqrt(2 t / (1 - t)) dw; eq. (13) is dx = E[z - x(0) | x] dt.
+    At t = 1, where a = 0, sigma, f and g are infinite: T = 0.99, sigma 99 (EDM's: 80).
+    """
+
+    def __init__(self, t_min=1e-3, T=0.99):
+        self.t_min, self.T, self.prior = t_min, T, T
+
+    def kernel(self, t):
+        return 1 - t, t
+
+    def fg(self, x, t):
+        return -x / (1 - t), (2 * t / (1 - t)).sqrt()
+
+    def time(self, sigma):
+        return sigma / (1 + sigma)
+
+
 def make_sde(args, draw=False):
-    """The SDE of a run's settings. draw: VP and sub-VP end at 1e-3, as in the paper."""
+    """The SDE of a run's settings. draw: for sampling, VP and sub-VP end at 1e-3."""
     if args.sde in ("vp", "subvp"):
         t_min = 1e-3 if draw else 1e-5
         return VP(t_min) if args.sde == "vp" else SubVP(t_min)
+    if args.sde == "flow":
+        return Flow()
     low, high = (0.01, 34.0) if args.sde == "ve" else (0.002, 80.0)
     low, high = args.sigma_min or low, args.sigma_max or high
     if low >= high:
@@ -153,8 +194,8 @@ def sigma_range(sde):
 
 
 def times(sde, N, grid="t"):
-    """(N + 1,) float64, from T to t_min: even in t; edm: as EDM, eq. (5); or angle:
-    atan(sigma / 2) is even, as in improved DDPM's schedule, sigma doubled."""
+    """(N + 1,) float64, from T to t_min: evenly spaced in t; edm: as EDM, eq. (5);
+    angle: evenly in atan(sigma / 2), as in improved DDPM's schedule, sigma doubled."""
     low, high = sigma_range(sde)
     if grid == "edm":
         return sde.time(karras_sigmas(N + 1, low, high)[:-1])  # eq. (5)
@@ -177,24 +218,35 @@ def D_theta(net, y, sigma, label=None, sigma_data=1.0):
     return c_skip * y + c_out * net(c_in * y, c_noise, label)  # eq. (7)
 
 
-def loss(net, x0, sde, label=None, likelihood=False):
+def eps_theta(net, y, sigma, label=None):
+    """(y - D_theta) / sigma, an estimate of z; at small sigma nothing cancels in it."""
+    c_noise = sigma.log()
+    sigma = per_sample(sigma, y)
+    c_in = 1 / (sigma**2 + 1).sqrt()  # c_skip = c_in^2, c_out = sigma c_in
+    return c_in * (sigma * c_in * y - net(c_in * y, c_noise, label))
+
+
+def loss(net, x0, sde, label=None, weighting="paper"):
     """Denoising score matching, eq. (7), lambda = s^2, t uniform; the mean over pixels.
 
-    x0 (B, ...). likelihood: lambda = g^2 (ScoreFlow) but for a constant factor, by t
-    drawn in proportion to g^2 / s^2 = d log sigma^2 / dt: log sigma is uniform. One in
-    ten labels is hidden (-1).
+    x0 (B, ...). likelihood: lambda = g^2 (ScoreFlow) up to a constant factor, with t
+    in proportion to g^2 / s^2 = d log sigma^2 / dt: log sigma is uniform. flow:
+    lambda = s^2 / a^2, with Flow || v - (z - x0) ||^2, v = eps - D. One in ten labels
+    is hidden (-1).
     """
     u = torch.rand(len(x0), device=x0.device)
     t = sde.t_min + u * (sde.T - sde.t_min)
-    if likelihood:
+    if weighting == "likelihood":
         low, high = sigma_range(sde)
         t = sde.time(low * (high / low) ** u)
     a, s = sde.kernel(t)
     sigma = per_sample(s / a, x0)
     z = torch.randn_like(x0)
     y = x0 + sigma * z  # x(t) / a(t), x(t) ~ p_0t, eq. (29)
-    eps = (y - D_theta(net, y, s / a, hide(label))) / sigma
-    return (eps - z).square().mean()  # eq. (7): s^2 || -eps / s + z / s ||^2
+    error = eps_theta(net, y, s / a, hide(label)) - z
+    if weighting == "flow":
+        error = error / per_sample(a, x0)
+    return error.square().mean()  # eq. (7): s^2 || -eps / s + z / s ||^2
 
 
 def edm_loss(net, x0, label=None, sigma_data=1.0):
@@ -234,7 +286,7 @@ def transition(sde, t, t_next):
 @torch.no_grad()
 def em(score, sde, x, ts):
     """Euler-Maruyama on the reverse SDE, eq. (6): N + 1 evaluations."""
-    for t, t_next in itertools.pairwise(ts):
+    for t, t_next in pairwise(ts):
         dt = t - t_next
         f, g = sde.fg(x, t)
         drift = f - g**2 * score(x, t)  # eq. (6)
@@ -245,7 +297,7 @@ def em(score, sde, x, ts):
 @torch.no_grad()
 def reverse(score, sde, x, ts):
     """Reverse diffusion, eq. (46): steps as the forward ones, f_i = (r - 1) x, G_i."""
-    for t, t_next in itertools.pairwise(ts):
+    for t, t_next in pairwise(ts):
         r, G2 = transition(sde, t, t_next)
         z = torch.randn_like(x)
         x = (2 - r) * x + G2 * score(x, t) + G2.sqrt() * z  # eq. (46)
@@ -253,10 +305,19 @@ def reverse(score, sde, x, ts):
 
 
 @torch.no_grad()
+def reverse_ode(score, sde, x, ts):
+    """Probability flow sampling (appendix D.3): no noise, and half the score."""
+    for t, t_next in pairwise(ts):
+        r, G2 = transition(sde, t, t_next)
+        x = (2 - r) * x + G2 / 2 * score(x, t)
+    return tweedie(score, sde, x, ts[-1])
+
+
+@torch.no_grad()
 def ancestral(score, sde, x, ts):
     """Ancestral sampling: VP as DDPM, eq. (4), with variance beta_i; VE, eq. (47), and
     sub-VP with that of q(x_{i-1} | x_i, x_0), G_i^2 s_{i-1}^2 / s_i^2."""
-    for t, t_next in itertools.pairwise(ts):
+    for t, t_next in pairwise(ts):
         r, G2 = transition(sde, t, t_next)
         variance = G2
         if type(sde) is not VP:
@@ -278,7 +339,7 @@ def correct(score, x, t, snr, alpha=1.0):
 @torch.no_grad()
 def pc_ve(score, sde, x, ts, snr=0.16, M=1):
     """Algorithm 2: a reverse diffusion step, then M of Algorithm 4 where it arrives."""
-    for t, t_next in itertools.pairwise(ts):
+    for t, t_next in pairwise(ts):
         sigma, sigma_next = sde.kernel(t)[1], sde.kernel(t_next)[1]
         x = x + (sigma**2 - sigma_next**2) * score(x, t)  # line 3
         z = torch.randn_like(x)  # line 4
@@ -294,7 +355,7 @@ def pc_vp(score, sde, x, ts, snr=0.16, M=1):
 
     alpha = r^2 = 1 - beta_i of the step taken; the authors have a table of 1000.
     """
-    for t, t_next in itertools.pairwise(ts):
+    for t, t_next in pairwise(ts):
         r, beta = transition(sde, t, t_next)  # sqrt(1 - beta_i), beta_i
         x = (2 - r) * x + beta * score(x, t)  # line 3
         z = torch.randn_like(x)  # line 4
@@ -312,18 +373,16 @@ DOPRI = [
     [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
     [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84],
 ]
-# the solution of 5th order less that of 4th
+# 5th-order solution minus 4th-order solution
 ERROR = [71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40]
 
 
 def largest(error, t, h, last):
-    """The largest of the samples' root mean squares: it decides for the batch.
-
-    UserError if the solver is stuck: it is not finite, or t hardly moves.
-    """
+    """The largest RMS error in the batch, which controls the step size.
+    UserError if the solver is stuck: it is not finite, or t hardly moves."""
     e = error.flatten(1).square().mean(1).sqrt().max().item()
     if not math.isfinite(e) or not (last or abs(h) > 1e-6 * abs(t)):
-        raise UserError("the equation cannot be solved to this --tol: raise it")
+        raise UserError("the ODE cannot be solved to this --tol: raise it")
     return e
 
 
@@ -331,7 +390,7 @@ def largest(error, t, h, last):
 def rk45(fun, x, t0, t1, tol=1e-5):
     """x(t1) of dx/dt = fun(x, t) from x(t0) (B, ...): Dormand & Prince 1980.
 
-    A step is taken if the root mean square of error / (tol (1 + |x|)) is at most 1.
+    A step is accepted if the RMS of error / (tol (1 + |x|)) is at most 1.
     """
     t = torch.tensor(t0, dtype=torch.float64)
     h, k0 = (t1 - t0) / 100, fun(x, t)
@@ -353,7 +412,7 @@ def rk45(fun, x, t0, t1, tol=1e-5):
     return x
 
 
-def flow(score, sde):
+def velocity(score, sde):
     """The right side of the probability flow ODE, eq. (13), a function of x and t."""
 
     def fun(x, t):
@@ -366,7 +425,7 @@ def flow(score, sde):
 @torch.no_grad()
 def ode(score, sde, x, tol=1e-5):
     """The probability flow ODE, solved from T to t_min."""
-    x = rk45(flow(score, sde), x, sde.T, sde.t_min, tol)
+    x = rk45(velocity(score, sde), x, sde.T, sde.t_min, tol)
     return tweedie(score, sde, x, torch.tensor(sde.t_min, dtype=torch.float64))
 
 
@@ -383,7 +442,7 @@ def heun(score, sde, x, N, churn=0.0):
 
     sigmas = karras_sigmas(N, *sigma_range(sde))
     y = x / sde.kernel(torch.tensor(sde.T, dtype=torch.float64))[0]
-    for sigma, sigma_next in itertools.pairwise(sigmas):
+    for sigma, sigma_next in pairwise(sigmas):
         if churn:
             hat = sigma * (1 + min(churn / N, math.sqrt(2) - 1))  # line 5
             y = y + (hat**2 - sigma**2).sqrt() * torch.randn_like(y)  # line 6
@@ -398,10 +457,29 @@ def heun(score, sde, x, N, churn=0.0):
 
 
 @torch.no_grad()
+def dpm(score, sde, x, ts):
+    """DPM-Solver++(2M), Algorithm 2 of Lu et al.: order 2, N + 1 evaluations.
+
+    lambda = log(a / s) rises by h; D is a constant in a step, by the line through its
+    last two values that in the middle, in the first step D itself.
+    """
+    before, h_before = 0.0, math.inf
+    for t, t_next in pairwise(ts):
+        (a, s), (a_next, s_next) = sde.kernel(t), sde.kernel(t_next)
+        h = (a_next / s_next * s / a).log()
+        r = h_before / h
+        now = tweedie(score, sde, x, t)
+        D = (1 + 1 / (2 * r)) * now - 1 / (2 * r) * before
+        x = s_next / s * x - a_next * torch.expm1(-h) * D
+        before, h_before = now, h
+    return tweedie(score, sde, x, ts[-1])
+
+
+@torch.no_grad()
 def adaptive(score, sde, x, tol=0.05, tol_abs=2 / 256, safety=0.9, r=0.9):
     """Algorithm 1 of Jolicoeur-Martineau et al.: x' by Euler-Maruyama, x'' by the
-    mean of the steps at both ends, the same z; taken if x' - x'' is small. tol_abs: a
-    grey level. One step for the batch; in the paper each sample has its own.
+    mean of the steps at both ends, with the same z; accepted if x' - x'' is small.
+    tol_abs: a grey level. One step size per batch; the paper has one per sample.
     """
 
     def increment(x, t, h, z):
@@ -431,11 +509,11 @@ def adaptive(score, sde, x, tol=0.05, tol_abs=2 / 256, safety=0.9, r=0.9):
 def log_likelihood(score, sde, x, tol=1e-5, probes=1):
     """(log p(x) in nats, (B, probes), and x(T)) of x (B, ...) at t_min, eq. (39).
 
-    The divergence is v^T grad(flow) v with Rademacher v, eq. (40); probes = 0: exact, d
-    products, as (B, 1).
+    The divergence is v^T grad(velocity) v with Rademacher v, eq. (40); probes = 0:
+    exact, d products, as (B, 1).
     """
     B, d = len(x), x[0].numel()
-    field = flow(score, sde)
+    field = velocity(score, sde)
     if probes:
         vs = torch.randn(probes, B, d, device=x.device).sign().to(x)
     else:
@@ -467,44 +545,38 @@ def logits(classifier, y, sigma):
 
 
 def classifier_loss(net, x0, label, sigma_min=0.05, sigma_max=20.0):
-    """Cross entropy of the label, with log sigma uniform where classes are decided."""
+    """Cross-entropy of the label, log sigma uniform where the class is decided."""
     u = torch.rand(len(x0), device=x0.device)
     sigma = sigma_min * (sigma_max / sigma_min) ** u
     y = x0 + per_sample(sigma, x0) * torch.randn_like(x0)
     return F.cross_entropy(logits(net, y, sigma), label)
 
 
-def make_score(net, sde, label=None, w=0.0, classifier=None, guide=None, clip=True):
-    """score(x, t) of a network, as the samplers call it. label (B,): a class each.
+def make_score(net, sde, label=None, w=0.0, guide=None, classifier=None, clip=False):
+    """score(x, t) of a network, as the samplers call it. label (B,): one each.
 
-    w: with a classifier s + w grad log p(label | x(t)), eq. (14), else (1 + w) s - w s'
-    where s' is that of a worse network, the guide, or without one that of no label
-    (classifier-free). clip: D to [-1, 1], as images are; not for log p.
+    w: with a classifier s + w grad log p(label | x(t)), eq. (14), else common.guided.
+    clip: D to [-1, 1], for images; not for log p.
     """
-    if w and label is None and guide is None:
-        raise ValueError("guidance needs labels (B,), or a guide")
+    options = () if classifier else (label, w, guide)
+    guided_net = common.guided(net, *options)
 
     def score(x, t):
         a, s = sde.kernel(t)
         y = x / a
         sigma = each(s / a, x)
-        D = D_theta(net, y, sigma, None if classifier else label)
+        eps = eps_theta(guided_net, y, sigma)
         if classifier:
             with torch.enable_grad():
                 leaf = y.detach().requires_grad_()
                 log_p = logits(classifier, leaf, sigma).log_softmax(1)
                 total = log_p.gather(1, label[:, None]).sum()
                 (grad,) = torch.autograd.grad(total, leaf)
-            D = D + w * per_sample(sigma, x) ** 2 * grad  # eq. (14), for D
-        elif w:
-            if guide:
-                worse = D_theta(guide, y, sigma, label)
-            else:
-                worse = D_theta(net, y, sigma, torch.full_like(label, -1))
-            D = (1 + w) * D - w * worse
+            eps = eps - w * s / a * grad  # eq. (14)
         if clip:
-            D = D.clamp(-1, 1)
-        return (a * D - x) / s**2
+            D = y - s / a * eps
+            eps = eps + (D - D.clamp(-1, 1)) * a / s  # exactly 0 where D is inside
+        return -eps / s
 
     return score
 
@@ -516,122 +588,82 @@ def dequantised(x0):
 
 
 def grey_levels(y):
-    """The images in [-1, 1] whose dequantised ones may be y: u = floor(256 v)."""
+    """Images in [-1, 1] from dequantised y: u = floor(256 v)."""
     return ((y + 1) * 128).floor().clamp(0, 255) / 127.5 - 1
-
-
-def coder(score, sde, tol=1e-5):
-    """(encode, decode): images in [-1, 1], and their x(T) by the probability flow."""
-    fun = flow(score, sde)
-
-    def encode(x0):
-        return rk45(fun, dequantised(x0), sde.t_min, sde.T, tol)
-
-    def decode(x_T):
-        return grey_levels(rk45(fun, x_T, sde.T, sde.t_min, tol))
-
-    return encode, decode
 
 
 # ------------------------------------------------------------------ a run, from outside
 
 
 def flags():
-    """The command line: what all scripts share, and the papers' own."""
-    p = common.arguments(__doc__)
-    count, scale = common.COUNT, common.SCALE
+    """The command line: the shared flags and this script's own."""
+    p = common.arguments("sde", __doc__, lambda args: PAPERS.get(args.sde, PAPER))
     add = p.kept.add_argument
-    sdes, weightings = ["vp", "ve", "subvp", "edm"], ["edm", "paper", "likelihood"]
+    sdes = ["vp", "ve", "subvp", "edm", "flow"]
     add("--sde", choices=sdes, default="vp", help="(%(default)s) edm: sigma(t) = t")
-    add("--sigma-min", type=scale, help="of VE (0.01, paper: 0.02), EDM (0.002)")
-    add("--sigma-max", type=scale, help="of VE (34, paper: 100), EDM (80)")
+    add("--sigma-min", type=float, help="VE: 0.01, paper 0.02; EDM: 0.002")
+    add("--sigma-max", type=float, help="VE: 34, paper 100; EDM: 80")
     add = p.settled.add_argument
+    weightings = ["edm", "paper", "likelihood", "flow"]
     add("--weighting", choices=weightings, default="edm", help="(edm) paper: s^2")
     add("--train-classifier", action="store_true", help="train p(label | x(t)) instead")
-    add = p.add_argument
-    names = ["em", "reverse", "ancestral", "pc", "ode", "heun", "adaptive"]
+    add = p.sampling.add_argument
+    # a new sampler: its name here, its call in draw()
+    names = ["em", "reverse", "reverse-ode", "ancestral", "pc"]
+    names += ["ode", "heun", "dpm", "adaptive"]
     add("--sampler", choices=names, default="heun", help="(%(default)s)")
-    add("--sample-steps", type=count, help="N (heun 25, EDM: 18; else 50, paper 1000)")
+    add("--sample-steps", type=int, help="N (50; heun, dpm: 25; paper: 1000)")
     grids = ["t", "edm", "angle"]
-    words = "of the N steps of em, reverse, ancestral, pc (%(default)s; paper: t)"
+    words = "spacing of the N steps, not of heun (%(default)s; paper: t)"
     add("--grid", choices=grids, default="angle", help=words)
-    add("--snr", type=scale, default=0.16, help="r, of pc (0.16; paper: VP 0.01)")
-    add("--corrector-steps", type=count, default=1, help="M (1, as the paper)")
-    add("--tol", type=scale, help="of ode, bits (1e-5, as the paper), adaptive (0.05)")
-    weight = common.WEIGHT
-    add("--churn", type=weight, default=10.0, help="S_churn of heun (10; EDM: 0-80)")
-    add("--no-clip", action="store_true", help="do not clip D to [-1, 1]")
-    add("--evaluate-bits", type=common.number(int, 2), help="bits/dim of N test images")
-    add("--probes", type=count, default=1, help="random vectors an image, for bits (1)")
-    add("--interpolate", action="store_true", help="OUT/interpolate.png")
+    add("--snr", type=float, default=0.16, help="r of pc (0.16; paper: VP 0.01)")
+    add("--corrector-steps", type=int, default=1, help="M of pc (1, as the paper)")
+    add("--tol", type=float, help="ode, bits: 1e-5, as the paper; adaptive: 0.05")
+    add("--churn", type=float, default=10.0, help="S_churn of heun (10; EDM: 0 to 80)")
+    add("--clip", action=ON_OFF, default=True, help="D to [-1, 1] (papers: no)")
+    add = p.add_argument
+    add("--evaluate-bits", type=int, help="bits/dim of N test images")
+    add("--probes", type=int, default=1, help="random vectors per image (1)")
     return p
 
 
 def network(args):
-    """The U-Net of a run's settings; a classifier's has a channel for each class."""
+    """The U-Net for these settings; a classifier has one channel per class."""
+    C = args.shape[0]
     if args.train_classifier:
-        C, K = args.shape[0], args.n_classes
-        net = common.UNet(C, args.width, args.patch, 0, args.dropout, out=K)
-        net.check(args.shape)
-        return net
-    return common.unet(args)
-
-
-KIND = {"sde": (flags, network)}
-CLASSIFIER = {"classifier": (flags, network)}
+        return common.UNet(C, args.width, out=args.n_classes)
+    return common.UNet(C, args.width, args.n_classes)
 
 
 def load(folder, device="cpu", label=None, w=0.0, clip=True):
-    """(score, SDE, shape of an image) of a trained run, as the samplers want them.
-
-    clip=False: as log_likelihood wants them.
-    """
-    run = common.load_checkpoint(folder, KIND)
-    sde = make_sde(run.args, draw=clip)
-    score = make_score(run.net.to(device), sde, label, w, clip=clip)
-    return score, sde, run.args.shape
+    """(score, SDE, image shape) of a trained run, as the samplers take them;
+    clip=False: as log_likelihood takes them."""
+    net, args = common.load(folder, device, sde=network)
+    sde = make_sde(args, draw=clip)
+    return make_score(net, sde, label, w, clip=clip), sde, args.shape
 
 
-def denoiser(run, device="cpu"):
-    """(D, (sigma_min, sigma_max)) of a checkpoint: D(y, sigma, label=None) = E[x(0) |
+def denoiser(net, args):
+    """(D, (sigma_min, sigma_max)) of a trained run: D(y, sigma, label=None) = E[x(0) |
     y = x(0) + sigma z], images in [-1, 1], sigma a number or (B,)."""
-    net = run.net.to(device)
+    if args.train_classifier:
+        raise UserError("a classifier cannot generate images: pass it to --guide")
 
     def D(y, sigma, label=None):
         return D_theta(net, y, each(sigma, y), label)
 
-    return D, sigma_range(make_sde(run.args))
+    return D, sigma_range(make_sde(args))
 
 
 # ------------------------------------------------------------------ from flags to files
 
 
-def sampler(args, sde):
-    """The function of --sampler, what it takes after (score, sde, x), and how often it
-    calls the score; ode and adaptive choose that for themselves, 200 is a guess."""
-    name, M = args.sampler, args.corrector_steps
-    N = args.sample_steps or (25 if name == "heun" else 50)
-    ts = times(sde, N, args.grid)
-    pc = pc_ve if isinstance(sde, VE) else pc_vp
-    return {
-        "em": (em, [ts], N + 1),
-        "reverse": (reverse, [ts], N + 1),
-        "ancestral": (ancestral, [ts], N + 1),
-        "pc": (pc, [ts, args.snr, M], N * (1 + M) + 1),
-        "ode": (ode, [args.tol or 1e-5], 200),
-        "heun": (heun, [N, args.churn], 2 * N - 1),
-        "adaptive": (adaptive, [args.tol or 0.05], 200),
-    }[name]
-
-
-def draw(args, net, guide, index, watch):
-    """Images number index, by the command's flags; guide: a run, or None."""
+def draw(args, net, guides, index, watch):
+    """Sample the images with these indices, as the flags say."""
     sde = make_sde(args, draw=True)
     label = common.labels_of(args, index)
-    clip = not args.no_clip and args.sampler != "ode"  # there it would be a kink
-    other = {guide.script: guide.net} if guide else {}
-    guides = other.get("classifier"), other.get("sde")
-    score = make_score(net, sde, label, args.guidance, *guides, clip)
+    clip = args.clip and args.sampler != "ode"  # there it would be a kink
+    score = make_score(net, sde, label, args.guidance, clip=clip, **guides)
     look = watch(lambda x: x)
 
     def watched(x, t):
@@ -639,13 +671,27 @@ def draw(args, net, guide, index, watch):
         look(x / (a**2 + s**2).sqrt())
         return score(x, t)
 
+    N = args.sample_steps or (25 if args.sampler in ("heun", "dpm") else 50)
+    ts = times(sde, N, args.grid)
+    pc = pc_ve if isinstance(sde, VE) else pc_vp
+    sampler, *options = {
+        "em": (em, ts),
+        "reverse": (reverse, ts),
+        "reverse-ode": (reverse_ode, ts),
+        "ancestral": (ancestral, ts),
+        "pc": (pc, ts, args.snr, args.corrector_steps),
+        "ode": (ode, args.tol or 1e-5),
+        "heun": (heun, N, args.churn),
+        "dpm": (dpm, ts),
+        "adaptive": (adaptive, args.tol or 0.05),
+    }[args.sampler]
     x = sde.prior * torch.randn(len(index), *args.shape, device=args.device)
-    f, options, _ = sampler(args, sde)
-    return grey_levels(f(watched, sde, x, *options))
+    return grey_levels(sampler(watched, sde, x, *options))
 
 
 def report_bits(args, score, sde, images):
-    """--evaluate-bits: a line, and OUT/bits.csv: a row an image, a column a probe."""
+    """--evaluate-bits: prints a line, writes OUT/bits.csv, a row per image, a column
+    per probe."""
     pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images = images[pick[: args.evaluate_bits]]
     N, d = len(images), images[0].numel()
@@ -655,75 +701,59 @@ def report_bits(args, score, sde, images):
         log_p, _ = log_likelihood(score, sde, y, args.tol or 1e-5, args.probes)
         log_p = log_p.cpu() + d * math.log(2 / 256)  # of u, whose steps are 1
         bits = torch.cat([bits, -log_p / d / math.log(2)])
-        say(f"bits   {len(bits)}/{N} images   mean {bits.mean():.4f}")
-    header = [f"probe_{k + 1}" for k in range(args.probes)]
-    common.save_csv(f"{args.out}/bits.csv", header, bits.tolist())
+        print(f"bits   {len(bits)}/{N} images   mean {bits.mean():.4f}")
+    names = ",".join(f"probe_{k + 1}" for k in range(args.probes))
+    common.write_csv(f"{args.to or args.out}/bits.csv", names, bits)
     error = bits.mean(1).std() / N**0.5
-    kind = f"exact, dequantised, {args.probes} probes each"
-    say(f"bits   {bits.mean():.4f} +- {error:.4f} bits/dim of {N} test images ({kind})")
+    kind = f"{N} test images (exact, dequantised, {args.probes} probes each)"
+    print(f"bits   {bits.mean():.4f} +- {error:.4f} bits/dim on {kind}")
 
 
-def check(args, run):
-    """UserError for flags that do not fit; returns the run of --guide, or None."""
-    ends = args.sigma_min, args.sigma_max
-    remembered = run and ends == (run.args.sigma_min, run.args.sigma_max)
-    if args.sde in ("vp", "subvp") and any(ends) and not remembered:
-        raise UserError("--sigma-min and --sigma-max are for --sde ve and edm")
-    if args.sde == "edm" and args.weighting != "edm" and not args.sample_only:
-        raise UserError("--sde edm has a loss of its own: --weighting edm")
+def load_guides(args):
+    """{"guide": a weaker network} or {"classifier": a network} from --guide, or {}."""
+    net, theirs = common.load_guide(args, sde=network)
+    if net and theirs.train_classifier:
+        args.n_classes, args.names = theirs.n_classes, theirs.names
+        return {"classifier": net}
+    if net and theirs.n_classes != args.n_classes:
+        words = f"has n_classes {theirs.n_classes}, not {args.n_classes}"
+        raise UserError(f"--guide {args.guide} {words}")
+    return {"guide": net}
+
+
+def main(argv=()):
+    args = common.start(flags(), argv)
     if args.train_classifier and args.sample_only:
-        raise UserError("a classifier draws nothing: give it to --guide")
-    guide = common.load_guide(args, KIND | CLASSIFIER)
-    if guide:
-        args.n_classes = guide.args.n_classes
-    return guide
-
-
-def main(argv=None):
-    kind = CLASSIFIER if flags().parse_args(argv).train_classifier else KIND
-    args, run = common.start(kind, argv)
-    guide = check(args, run)
+        raise UserError("a classifier cannot generate images: pass it to --guide")
+    args.classes = args.classes or args.train_classifier
     sde = make_sde(args)
-
-    def objective(net, x0, label):
-        y = dequantised(x0)
+    images, labels = (None, None) if args.sample_only else common.data_of(args)
+    run = common.Run(args, network(args))
+    guides = load_guides(args)
+    drawn = partial(draw, args, run.ema, guides)
+    few = vars(args) | {"sampler": "heun", "sample_steps": None}
+    quick = partial(draw, SimpleNamespace(**few), run.ema, guides)
+    for x0, label in run.batches(images, labels):
+        y = dequantised(x0 * (2 / 255) - 1)
         if args.train_classifier:
-            return classifier_loss(net, y, label)
-        if args.weighting == "edm":
-            return edm_loss(net, y, label)
-        likelihood = args.weighting == "likelihood"
-        return loss(net, y, sde, label, likelihood=likelihood)
-
-    def preview(net, n):  # quickly
-        label = common.labels_of(args, torch.arange(n))
-        x = sde.prior * torch.randn(n, *args.shape, device=args.device)
-        return heun(make_score(net, sde, label), sde, x, 18)
-
-    if args.sample_only:
-        net = common.prepare(run.net, args)
-    else:
-        args.classes = args.classes or args.train_classifier
-        data = common.training_data(args, run)
-        preview = None if args.train_classifier else preview
-        net = network(args)
-        net = common.train(args, net, objective, data, run, preview=preview)
-    if common.rank() > 0 or args.train_classifier:
-        return
-
-    if args.evaluate_bits or args.interpolate:
-        images = common.test_images(args, or_training=not args.evaluate_bits)
-        common.full_precision(net)
-        common.seed_all(args.seed)
-        score = make_score(net, sde, clip=False)
-        if args.evaluate_bits:
-            report_bits(args, score, sde, images)
+            l = classifier_loss(run.net, y, label)
+        elif args.weighting == "edm":
+            l = edm_loss(run.net, y, label)
         else:
-            common.interpolate(args, images, *coder(score, sde, args.tol or 1e-5))
+            l = loss(run.net, y, sde, label, args.weighting)
+        run.update(l)
+        if run.preview_due and not args.train_classifier:
+            common.save_samples(args, quick, run.step)
+    if args.train_classifier:
         return
-    name = "" if not run or args.sde == run.args.sde else f"-{args.sde}"
-    name += "" if args.sampler == "heun" else f"-{args.sampler}"
-    _, _, calls = sampler(args, sde)
-    common.finish(args, functools.partial(draw, args, net, guide), calls, name)
+    if args.evaluate_bits:
+        images, _ = common.data_of(args, "test")
+        run.ema.dtype = torch.float32
+        torch.backends.cudnn.allow_tf32 = False
+        common.seed_all(args.seed)
+        report_bits(args, make_score(run.ema, sde), sde, images)
+        return
+    common.save_samples(args, drawn)
 
 
 if __name__ == "__main__":
