@@ -1711,6 +1711,7 @@ def worker(rank, port, stop, *argv):
     printed = redirect_stdout(io.StringIO())
     with printed, suppress(SystemExit, KeyboardInterrupt):
         conv_run(*argv, loss=broken(stop, spy(KeyboardInterrupt)))
+    os._exit(0)  # as cli() does: the threads of a stopped process group may abort
 
 
 class Training(Case):
