@@ -702,8 +702,9 @@ def data_of(args, split="train"):
     try:
         found = load_images(args.dataset, split, args.data_dir, args.size)
     except UserError as e:
-        moved = "; data that were moved: --dataset NEW" if args.shape else ""
-        raise UserError(f"{e}{moved}") from e
+        gone = args.shape and not Path(args.dataset).exists()
+        cure = "; if the run's data were moved: --dataset NEW" if gone else ""
+        raise UserError(f"{e}{cure}") from e
     images, labels, names = found if args.classes else (found[0], None, [])
     if args.classes and labels is None:
         raise UserError(f"--classes: no sub-folders in {args.dataset} name the classes")
