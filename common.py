@@ -866,9 +866,9 @@ class Run:
         net = net.to(args.device)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         inner, outer = [], []  # convolutions between hidden layers, and all others
-        for p in net.parameters():
-            muon = p.dim() == 4 and min(p.shape[:2]) >= 8 and args.optimizer == "muon"
-            (inner if muon else outer).append(p)
+        for name, p in net.named_parameters():
+            hidden = p.dim() == 4 and min(p.shape[:2]) >= 8 and "conv_out" not in name
+            (inner if hidden and args.optimizer == "muon" else outer).append(p)
         self.optimizers = {"adam": torch.optim.Adam(outer, fused=True)}
         if inner:
             self.optimizers["muon"] = Muon(inner, net.dtype)
