@@ -320,9 +320,7 @@ def class_names(folder, files):
         return []
     names = {path.relative_to(folder).parts[0] for path in files}
     if {name.lower() for name in names} <= SPLITS:
-        raise UserError(
-            f"{folder} holds {sorted(names)}: name one of them in --dataset"
-        )
+        raise UserError(f"{folder} holds {sorted(names)}: give one of them, --dataset")
     return sorted(names, key=lambda n: (int(n) if n.isdecimal() else math.inf, n))
 
 
@@ -534,6 +532,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             value = getattr(args, action.dest, None)
             flag = "--" + action.dest.replace("_", "-")
+            # 0 makes sense where it is the default, and of a real number that has one
             positive = action.default is None or action.type is int and action.default
             wrong = isinstance(value, (int, float)) and not 0 <= value < 2**63
             if wrong or (positive and value == 0):
@@ -639,9 +638,10 @@ def kept_settings(parser, argv, out):
     with blame(f"{out}/ckpt.pt is damaged or of another version"):
         data = {k: getattr(saved, k) for k in ("shape", "n_classes", "names", "born")}
         for action in kept + settled:
-            value, (flag, *no) = getattr(saved, action.dest), action.option_strings
+            value = getattr(saved, action.dest)
+            flag, *negation = action.option_strings  # --flag, and --no-flag if any
             if isinstance(value, bool):
-                words += [flag] if value else no  # --no-flag, if there is one
+                words += [flag] if value else negation
             elif value is not None:
                 words.append(f"{flag}={value}")
         try:

@@ -9,7 +9,7 @@ Papers   Ho, Jain & Abbeel 2020, arXiv:2006.11239 (equation numbers without a na
          Ho & Salimans 2022, arXiv:2207.12598 (classifier-free guidance): --guidance
          Karras et al. 2024, arXiv:2406.02507 (autoguidance): --guide
 Forward  q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 1 ... T        eq. (4)
-Loss     L_simple = E || eps - eps_theta(x_t, t) ||^2, here on v   Algorithm 1, eq. (14)
+Loss     L_simple = E || eps - eps_theta(x_t, t) ||^2 (or v)       Algorithm 1, eq. (14)
 Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t)
                    + sigma_t z                                   Algorithm 2, eq. (11)
 Bound    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0 in bits/dim       eqs. (5), (13)

@@ -1704,7 +1704,7 @@ def plain_training(args, images, world=1):
 
 
 def worker(rank, port, stop, *argv):
-    """One of two processes, as torchrun starts them; stopped after step STOP, resumed."""
+    """One of two processes, as torchrun starts them, stopped after STOP steps."""
     how = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     how |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(v) for name, v in how.items()})
