@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import gzip
 import io
 import math
 import os
@@ -10,16 +11,8 @@ import sys
 import tarfile
 import time
 import urllib.request
-import warnings
-import zlib
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 # Read when torch is loaded: threads that spin while waiting slow other programs down.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -32,7 +25,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large photographs
 CUDA = torch.cuda.is_available()
 CHUNK = 500 if CUDA else 20  # images sampled at once, always this many
 ON_OFF = argparse.BooleanOptionalAction  # --flag or --no-flag
@@ -51,8 +43,7 @@ def blame(culprit):
     except (UserError, MemoryError):
         raise
     except Exception as e:  # a damaged file raises any of a dozen types
-        why = " ".join(str(e).split())[:200] or type(e).__name__
-        raise UserError(f"{culprit}: {why}") from e
+        raise UserError(f"{culprit}: {str(e)[:200] or type(e).__name__}") from e
 
 
 def cli(main):
@@ -68,8 +59,7 @@ def cli(main):
     except (UserError, OSError) as e:
         code, why = 2, " ".join(str(e).split())
     except (MemoryError, RuntimeError) as e:
-        memory = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if not memory and "allocate memory" not in str(e):
+        if isinstance(e, RuntimeError) and "allocate" not in str(e):
             raise
         code, why = 2, "out of memory: lower --batch-size, --width or --size"
     if rank() == 0:
@@ -85,27 +75,21 @@ def rank():
 
 
 def write(path, save):
-    """save(file) next to PATH, then rename: PATH is never half written, nor a link."""
+    """save(file) next to PATH, then rename: PATH is never half written."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        with open(part, "xb") as f:
+        with open(part, "wb") as f:
             save(f)
         part.replace(path)
-    except OSError as e:
-        cure = "name another --out, or --to with --sample-only"
-        raise UserError(f"cannot write {path} ({e.strerror or e}): {cure}") from e
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def write_csv(path, header, rows):
     """Write rows of numbers below their names."""
-    how = {"fmt": "%.8g", "delimiter": ",", "header": header, "comments": ""}
-    write(path, lambda f: np.savetxt(f, rows, **how))
+    write(path, lambda f: np.savetxt(f, rows, "%.8g", ",", header=header, comments=""))
 
 
 # ---------------------------------------------------------------------- noise schedules
@@ -157,7 +141,6 @@ MIRRORS = {
 SETS = ", ".join([*DRAWN, *MIRRORS])
 PICTURES = ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .tga"
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
-LARGEST = 2**30  # bytes of a file of a data set, decompressed
 
 
 def load_images(name, split="train", data_dir="data", size=None):
@@ -167,20 +150,17 @@ def load_images(name, split="train", data_dir="data", size=None):
     Rendered, or downloaded if missing; prints what was found. A folder has pictures
     (size: cropped to such squares), or MNIST's four files. UserError names the cure.
     """
-    names, note = [], ""
+    names, folder = [], Path(data_dir if name in MIRRORS else "", name)
     if name in DRAWN:
         images, labels = draw_digits(split, colour=name == "colour-digits")
     elif name == "cifar10":
-        images, labels = read_cifar10(Path(data_dir, name), split)
-    elif name in MIRRORS or any(Path(name).glob("t*-idx3-ubyte*")):
-        folder = Path(data_dir, name) if name in MIRRORS else Path(name)
+        images, labels = read_cifar10(folder, split)
+    elif name in MIRRORS or any(folder.glob("t*-idx3-ubyte*")):
         images = read_idx(folder, split, "images", MIRRORS.get(name))[:, None]
         labels = read_idx(folder, split, "labels", MIRRORS.get(name)).long()
     else:
-        images, labels, names, note = read_folder(Path(name), split, size)
-    if images.dtype != torch.uint8 or images.dim() != 4:
-        raise UserError(f"{name}: images must be uint8, (N, C, H, W)")
-    N, C, H, W = images.shape
+        images, labels, names = read_folder(folder, split, size)
+    N, _, H, W = images.shape
     if not images.numel() or labels is not None and len(labels) != N:
         raise UserError(f"{name} has {N} images of {H} x {W}, {len(labels)} labels")
     if size and H != W:
@@ -190,10 +170,8 @@ def load_images(name, split="train", data_dir="data", size=None):
         images = F.interpolate(images.float(), **how).round().byte()
     if labels is not None and not names:
         names = [str(k) for k in range(int(labels.max()) + 1)]
-    shape = " x ".join(map(str, images.shape[1:]))
-    kind = f"{shape}, {'grey' if C == 1 else 'colour'}"
-    kind += f", {len(names)} classes" if names else ""
-    print(f"data   {name}: {N} images to {split} on, {kind}{note}")
+    kind = " x ".join(map(str, images.shape[1:]))
+    print(f"data   {name}: {N} images to {split} on, {kind}, {len(names)} classes")
     return images, labels, names
 
 
@@ -243,10 +221,7 @@ def read_idx(folder, split, kind, mirror=None):
     with blame(f"{path} is no IDX file of {ndim} dimensions, or damaged"):
         raw = path.read_bytes()
         if raw[:2] == bytes([31, 139]):
-            gzip = zlib.decompressobj(31)
-            raw = gzip.decompress(raw, LARGEST)
-            if not gzip.eof:
-                raise ValueError("it ends early, or is too large")
+            raw = gzip.decompress(raw)
         if raw[:4] != bytes([0, 0, 8, ndim]):
             raise ValueError("its first bytes")
         data = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
@@ -260,9 +235,9 @@ def read_cifar10(folder, split):
         download(path, MIRRORS["cifar10"])
     part = "data_batch" if split == "train" else "test_batch"
     with blame(f"{path} is damaged"), tarfile.open(path, "r:gz") as tar:
-        files = [tar.extractfile(f) for f in tar if f.isfile() and part in f.name]
-        raw = b"".join(file.read(LARGEST // 5) for file in files)
-        rows = torch.tensor(np.frombuffer(raw, np.uint8).reshape(-1, 3073))
+        raw = [tar.extractfile(f).read() for f in tar if f.isfile() and part in f.name]
+        rows = np.frombuffer(b"".join(raw), np.uint8).reshape(-1, 3073)
+        rows = torch.tensor(rows)
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
 
 
@@ -272,8 +247,6 @@ def read_picture(path, size=None):
     pages = []
     with blame(f"cannot read {path}"), Image.open(path) as im:
         several = im.format in ("TIFF", "GIF")
-        if several and im.n_frames > 1000:
-            raise ValueError(f"its {im.n_frames} pages are more than 1000")
         for page in ImageSequence.Iterator(im) if several else [im]:
             W, H = page.size
             if not size and W * H > 512 * 512:
@@ -296,22 +269,19 @@ def as_images(pages):
 
 
 def pictures_below(folder):
-    """(paths of the pictures below a folder, sorted; how many others, by suffix): each
-    folder once, following links; hidden ones, __MACOSX and runs are skipped."""
-    pictures, others, seen = [], Counter(), set()
+    """The pictures below a folder, sorted: each folder once, links followed; hidden
+    ones, __MACOSX and runs are skipped."""
+    pictures, seen = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen or "ckpt.pt" in files:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [d for d in sorted(folders) if d[0] != "." and d != "__MACOSX"]
-        for path in [Path(parent, f) for f in files if f[0] != "."]:
-            if path.suffix.lower() in PICTURES.split() and path.is_file():
-                pictures.append(path)
-            else:
-                others[path.suffix or "without a suffix"] += 1
-    return sorted(pictures), others
+        folders[:] = sorted(d for d in folders if d[0] not in "._")
+        paths = [Path(parent, f) for f in files if f[0] not in "._"]
+        pictures += [p for p in paths if p.suffix.lower() in PICTURES.split()]
+    return sorted(path for path in pictures if path.is_file())
 
 
 def class_names(folder, files):
@@ -325,37 +295,23 @@ def class_names(folder, files):
 
 
 def read_folder(folder, split, size=None):
-    """(images, labels or None, class names, a note) of a folder's pictures, every
-    tenth for testing; sub-folders are the classes."""
-    files, others = pictures_below(folder)
+    """(images, labels or None, class names) of a folder's pictures, every tenth for
+    testing; sub-folders are the classes."""
+    files = pictures_below(folder)
     chosen = [f for k, f in enumerate(files) if (k % 10 == 9) == (split == "test")]
-    if not files:
-        raise UserError(f"--dataset {folder} is none of {SETS}, nor has it pictures")
     if not chosen:
-        words = f"has {len(files)} pictures; every tenth is for testing"
-        raise UserError(f"--dataset {folder} {words}: none to {split} on")
-    names = class_names(folder, files)
-    raw, shapes, labels, bad = bytearray(), set(), [], []
+        found = f"nor has it pictures to {split} on (every tenth is to test on)"
+        raise UserError(f"--dataset {folder} is none of {SETS}, {found}")
+    names, pages, labels = class_names(folder, files), [], []
     for path in chosen:
-        try:
-            pages = read_picture(path, size)
-        except UserError as e:
-            bad.append(str(e))
-            continue
-        for page in pages:
-            raw += page.tobytes()
-            shapes.add(page.shape)
+        new = read_picture(path, size)
+        pages += new
         if names:
-            labels += [names.index(path.relative_to(folder).parts[0])] * len(pages)
-    if bad:
-        words = f"{len(bad)} of {len(chosen)} pictures are of no use"
-        raise UserError(f"{words}: {'; '.join(bad[:10])}")
-    if len(shapes) > 1:
+            labels += [names.index(path.relative_to(folder).parts[0])] * len(new)
+    if len({page.shape for page in pages}) > 1:
         raise UserError(f"the pictures in {folder} differ in size: pass --size 32")
-    images = as_images(torch.frombuffer(raw, dtype=torch.uint8).view(-1, *shapes.pop()))
-    skipped = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(9))
-    note = f"; skipped {skipped}" if skipped else ""
-    return images, torch.tensor(labels) if names else None, names, note
+    images = as_images(torch.from_numpy(np.stack(pages)))
+    return images, torch.tensor(labels) if names else None, names
 
 
 # -------------------------------------------------------------------------- the network
@@ -423,16 +379,13 @@ class UNet(nn.Module):
 
     def __init__(self, channels, width=32, classes=0, out=None, mult=(1, 2, 2)):
         super().__init__()
-        if width % 2:
-            raise UserError(f"--width {width} is odd: it must be even")
         self.dtype = torch.float32
         c_emb = 4 * width
         # in radians: neighbouring levels of log sigma stay alike, t = 1 and 1000 differ
         frequencies = torch.logspace(math.log10(2), math.log10(0.002), width // 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.embed = nn.Sequential(
-            nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb)
-        )
+        embed = nn.Linear(2 * len(frequencies), c_emb), nn.SiLU()
+        self.embed = nn.Sequential(*embed, nn.Linear(c_emb, c_emb))
         self.label = nn.Embedding(classes + 1, c_emb) if classes else None
 
         widths = [width * m for m in mult]
@@ -453,10 +406,9 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(width, out or channels, 3, padding=1))
 
     def forward(self, x, noise, label=None):
-        H, W = x.shape[2:]
         factor = 2 ** (len(self.down) - 1)
-        if H % factor or W % factor:
-            raise UserError(f"the U-Net needs multiples of {factor}, not {H} x {W}")
+        if any(n % factor for n in x.shape[2:]):
+            raise UserError(f"the U-Net needs multiples of {factor}: pass --size")
         angle = per_sample(noise, x).view(-1, 1) * self.frequencies  # (B, width / 2)
         emb = self.embed(torch.cat([angle.cos(), angle.sin()], dim=1))
         if self.label is not None:
@@ -514,31 +466,27 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are a single sentence."""
 
     def __init__(self, doc):
-        how = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(description=doc, allow_abbrev=False, **how)
+        how = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=how)
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
-    def read(self, argv):
-        """Parse the flags; --paper makes the paper's settings the defaults.
-
-        UserError for a number below 0, or 0 where that makes no sense.
-        """
-        args = self.parse_args(argv)
+    def read(self, argv, stored=None):
+        """Parse the flags. Their defaults: stored settings, a dictionary, then the
+        paper's with --paper. UserError for a number below 0, or a 0 without a sense."""
+        stored = stored or {}
+        args = self.parse_args(argv, SimpleNamespace(**stored))
         if getattr(args, "paper", False):
-            self.set_defaults(**self.paper(args))
-            args = self.parse_args(argv)
+            defaults = self.paper(args) | stored
+            args = self.parse_args(argv, SimpleNamespace(**defaults))
         for action in self._actions:
             value = getattr(args, action.dest, None)
-            flag = "--" + action.dest.replace("_", "-")
             # 0 makes sense where it is the default, and of a real number that has one
             positive = action.default is None or action.type is int and action.default
             wrong = isinstance(value, (int, float)) and not 0 <= value < 2**63
             if wrong or (positive and value == 0):
-                self.error(f"{flag} {value} is out of range")
-            if action.type is PATH and str(value)[:1] == "~":
-                self.error(f"{flag} {value}: there is no such home folder")
+                self.error(f"{action.option_strings[0]} {value} is out of range")
         return args
 
 
@@ -554,7 +502,6 @@ def arguments(script, doc, paper=None):
     p.kept = p.add_argument_group("stored with the run; a later flag overrides it")
     p.settled = p.add_argument_group("fixed when training starts")
     p.sampling = p.add_argument_group("how to sample")
-    p.groups = p.kept, p.settled, p.sampling
     add = p.kept.add_argument
     add("--dataset", type=PATH, default="digits", help=f"{SETS}, or a FOLDER (digits)")
     add("--data-dir", type=PATH, default="data", help="where data sets are kept (data)")
@@ -568,27 +515,23 @@ def arguments(script, doc, paper=None):
     words = "muon for the matrices inside the network, else adam (%(default)s)"
     add("--optimizer", choices=["muon", "adam"], default="muon", help=words)
     add("--lr", type=float, default=1e-3, help="peak learning rate (0.001); Muon: 5x")
-    words = "no decay of the learning rate after its warm-up"
-    add("--constant-lr", action=ON_OFF, default=False, help=words)
+    add("--constant-lr", action=ON_OFF, default=False, help="no decay after a warm-up")
     add("--ema", type=float, default=0.999, help="EMA decay of the weights (0.999)")
     add("--width", type=int, help="channels at full resolution (32; on CUDA 64)")
     add("--classes", action="store_true", help="train with labels, one in ten dropped")
-    add = p.add_argument
-    add("--out", type=PATH, help="folder of the run (runs/SCRIPT-DATASET)")
-    add("--to", type=PATH, help="where --sample-only saves, if not in OUT")
+    p.add_argument("--out", type=PATH, help="folder of the run (runs/SCRIPT-DATASET)")
     add = p.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="continue OUT/ckpt.pt, bit for bit")
     add("--sample-only", action="store_true", help="only sample, from OUT/ckpt.pt")
     add("--overwrite", action="store_true", help="discard the run in OUT")
     add = p.add_argument
-    auto = "cuda" if CUDA else "cpu"
-    add("--device", default=auto, help="cpu, cuda, ... (%(default)s)")
+    add("--device", default="cuda" if CUDA else "cpu", help="cpu, cuda (%(default)s)")
     words = "of matrix products (fp32); bf16: faster on some hardware, worse samples"
     add("--precision", choices=["bf16", "fp32"], default="fp32", help=words)
     add("--npz", action="store_true", help="also save samples*.npz, for --judge or FID")
     add = p.sampling.add_argument
     add("--samples", type=int, default=100, help="number of images (100)")
-    add("--label", help="sample this class only, by name or number (all in turn)")
+    add("--label", help="sample only the class of this name (all in turn)")
     add("--guidance", type=float, default=0.0, help="guidance weight w (0: off)")
     words = "autoguidance: a weaker RUN of this script; sde.py: or a classifier"
     add("--guide", type=PATH, help=words)
@@ -613,10 +556,6 @@ def start(parser, argv):
         raise UserError("--guidance, --label: train with --classes, or pass a --guide")
     if args.guide and not (args.guidance and args.sample_only):
         raise UserError("--guide is for sampling: add --sample-only --guidance 1")
-    if args.to and not args.sample_only:
-        raise UserError("--to is for --sample-only: a run lives in --out")
-    if args.ema >= 1:
-        raise UserError(f"--ema {args.ema} is out of range: it must be below 1")
     with blame(f"--device {args.device} cannot be used here"):
         torch.ones(1, dtype=torch.float64, device=args.device).item()  # mps has none
     cuda = "cuda" in args.device
@@ -633,28 +572,19 @@ def kept_settings(parser, argv, out):
     """The settings of the run in OUT, as far as the flags do not change them; .suffix
     lists the flags in which these samples differ from the run's own."""
     saved = read_checkpoint(out, [parser.get_default("script")]).args
-    kept, settled, sampling = [g._group_actions for g in parser.groups]
-    words = []
+    groups = parser.kept, parser.settled, parser.sampling
+    kept, settled, sampling = [group._group_actions for group in groups]
+    names = ["shape", "n_classes", "names", "born", *[a.dest for a in kept + settled]]
     with blame(f"{out}/ckpt.pt is damaged or of another version"):
-        data = {k: getattr(saved, k) for k in ("shape", "n_classes", "names", "born")}
-        for action in kept + settled:
-            value = getattr(saved, action.dest)
-            flag, *negation = action.option_strings  # --flag, and --no-flag if any
-            if isinstance(value, bool):
-                words += [flag] if value else negation
-            elif value is not None:
-                words.append(f"{flag}={value}")
-        try:
-            old = parser.read(words)
-        except UserError as e:  # a setting of another type or range
-            raise ValueError(e) from e
-    args = parser.read([*words, *argv])
-    vars(args).update(data)
+        stored = {name: getattr(saved, name) for name in names}
+    stored = {name: value for name, value in stored.items() if value is not None}
+    args = parser.read(argv, stored)
     for action in settled:
-        value, flag = getattr(old, action.dest), action.option_strings[0]
+        value = getattr(saved, action.dest)
         if getattr(args, action.dest) != value:
+            flag = action.option_strings[0]
             raise UserError(f"{flag} is {value} in {out}: drop the flag")
-    if args.sample_only and args.steps != old.steps:
+    if args.sample_only and args.steps != saved.steps:
         raise UserError("--steps has no effect with --sample-only: see --resume")
     for action in kept[3:] + sampling:
         value, flag = getattr(args, action.dest), action.option_strings[0]
@@ -667,17 +597,13 @@ def kept_settings(parser, argv, out):
 def check_folder(out, overwrite):
     """UserError if a run in OUT would replace what is there: --overwrite replaces a run
     (whose log.csv says that it is one), nothing replaces other files."""
-    ours = ("ckpt.pt", "log.csv", "loss.png", "samples", "process", "bound", "bits")
-    found = os.listdir(out) if os.path.isdir(out) else []
-    found = [f for f in found if f.startswith(ours) and not f.endswith(".part")]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if Path(out, "log.csv").read_text().startswith(",".join(LOG)):
-            found = [] if overwrite else ["a run"]
-    if "a run" in found:
-        cures = "--resume goes on, --sample-only samples, --overwrite starts anew"
-        raise UserError(f"{out} holds a run: {cures}, or name another --out")
-    if found or os.path.isfile(out):
-        raise UserError(f"{out} holds files of yours {found}: name another --out")
+    log = Path(out, "log.csv")
+    if log.is_file() and log.read_bytes().startswith(",".join(LOG).encode()):
+        if not overwrite:
+            cures = "--resume goes on, --sample-only samples, --overwrite starts anew"
+            raise UserError(f"{out} holds a run: {cures}, or name another --out")
+    elif os.path.exists(out) and (os.path.isfile(out) or os.listdir(out)):
+        raise UserError(f"{out} holds files of yours: name another --out")
 
 
 def join_processes(args):
@@ -699,14 +625,10 @@ def join_processes(args):
 def data_of(args, split="train"):
     """(images, labels or None) of the run's data set; those of a new run settle
     args.shape, .n_classes, .names. UserError if they do not fit an old one."""
-    try:
-        found = load_images(args.dataset, split, args.data_dir, args.size)
-    except UserError as e:
-        gone = args.shape and not Path(args.dataset).exists()
-        cure = "; if the run's data were moved: --dataset NEW" if gone else ""
-        raise UserError(f"{e}{cure}") from e
-    images, labels, names = found if args.classes else (found[0], None, [])
-    if args.classes and labels is None:
+    images, labels, names = load_images(args.dataset, split, args.data_dir, args.size)
+    if not args.classes:
+        labels, names = None, []
+    elif labels is None:
         raise UserError(f"--classes: no sub-folders in {args.dataset} name the classes")
     shape = list(images.shape[1:])
     if args.shape is None:
@@ -714,24 +636,21 @@ def data_of(args, split="train"):
     if shape != args.shape or names != args.names[: len(names)]:
         kind = f"{args.shape}, classes {args.names}"
         raise UserError(f"--dataset {args.dataset} differs from the run's {kind}")
-    if names:
-        print(f"class  {', '.join(f'{k}: {name}' for k, name in enumerate(names))}")
     labels_of(args, torch.arange(1))  # is there a class --label?
     return images, labels
 
 
 def labels_of(args, index):
     """The labels of images number index: --label, or all classes in turn, or None."""
-    if args.label is None:
-        label = index % args.n_classes if args.n_classes else None
-    elif args.label in args.names:
-        label = torch.full_like(index, args.names.index(args.label))
-    elif args.label.isdecimal() and int(args.label) < args.n_classes:
-        label = torch.full_like(index, int(args.label))
-    else:
+    if args.label is not None and args.label not in args.names:
         words = f"the run's classes are {args.names[:20]}; see --classes"
         raise UserError(f"--label {args.label}: {words}")
-    return None if label is None else label.to(args.device)
+    if not args.names:
+        return None
+    label = index % len(args.names)
+    if args.label is not None:
+        label = torch.full_like(index, args.names.index(args.label))
+    return label.to(args.device)
 
 
 # -------------------------------------------------------------------------------- a run
@@ -748,33 +667,12 @@ def read_checkpoint(folder, scripts):
         raise UserError(f"there is no {path}: {cures}")
     with blame(f"{path} is damaged or no checkpoint"):
         what = torch.load(path, map_location="cpu", weights_only=True)
-        saved = SimpleNamespace(**what)
+        saved = SimpleNamespace(**what, step=int(what["rows"][-1][0]))
         saved.args = SimpleNamespace(**what["args"])
-        args = saved.args
-        args.shape, args.names = [*map(int, args.shape)], [*map(str, args.names)]
-        args.n_classes, args.born = int(args.n_classes), int(args.born)
-        saved.rows = [[float(v) for v in row] for row in saved.rows]
-        saved.step = int(saved.rows[-1][0])
-        if {len(row) for row in saved.rows} != {len(LOG)}:
-            raise ValueError("its log")
         script = saved.args.script
     if script not in scripts:
         raise UserError(f"{path} was made by {script}, not by {' or '.join(scripts)}")
     return saved
-
-
-def fill(part, state):
-    """Put a state back into a network or an optimizer. ValueError if it is unfit."""
-    part.load_state_dict(state)
-    if isinstance(part, nn.Module):
-        if not all(p.isfinite().all() for p in part.parameters()):
-            raise ValueError("its weights are not finite")
-        return
-    for p in part.param_groups[0]["params"]:
-        kinds = {(v.shape, v.dtype) for k, v in part.state[p].items() if k != "step"}
-        steps = {v.shape for k, v in part.state[p].items() if k == "step"}
-        if kinds != {(p.shape, p.dtype)} or steps - {torch.Size([])}:
-            raise ValueError("the optimizer's state is of another shape")
 
 
 def load(folder, device="cpu", **networks):
@@ -785,7 +683,7 @@ def load(folder, device="cpu", **networks):
     saved = read_checkpoint(folder, networks)
     with blame(f"{folder}/ckpt.pt is damaged or of another version"):
         net = networks[saved.args.script](saved.args).eval().requires_grad_(False)
-        fill(net, saved.ema)
+        net.load_state_dict(saved.ema)
     return net.to(device), saved.args
 
 
@@ -794,12 +692,10 @@ def load_guide(args, *same, **networks):
     if not args.guide:
         return None, None
     net, theirs = load(args.guide, args.device, **networks)
-    if os.path.samefile(args.guide, args.out):
-        raise UserError(f"--guide {args.guide} is the run itself: name a worse one")
     for name in ("shape", *same):
-        if getattr(args, name) != getattr(theirs, name):
-            words = f"has {name} {getattr(theirs, name)}, not {getattr(args, name)}"
-            raise UserError(f"--guide {args.guide} {words}")
+        ours, other = getattr(args, name), getattr(theirs, name)
+        if ours != other:
+            raise UserError(f"--guide {args.guide} has {name} {other}, not {ours}")
     return net, theirs
 
 
@@ -834,23 +730,6 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(u.reshape(p.shape), alpha=lr)
 
 
-@contextlib.contextmanager
-def claim(out):
-    """Hold the folder OUT while training. UserError if another process holds it."""
-    os.makedirs(out, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as e:
-        words = f"another process trains in {out}: wait, or name another --out"
-        raise UserError(words) from e
-    finally:
-        if fcntl:
-            os.close(folder)  # which frees it, as the end of the process does
-
-
 class Run:
     """A network in training, its averaged weights, and their folder OUT.
 
@@ -878,13 +757,19 @@ class Run:
             with blame(f"{args.out}/ckpt.pt is damaged or of another version"):
                 self.step, self.saved, self.rows = old.step, old.step, old.rows
                 for name, part in self.parts.items():
-                    fill(part, getattr(old, name))
-        self.net = net
+                    part.load_state_dict(getattr(old, name))
+        self.net, self.stamp = net, self.last_write()
         if dist.is_initialized():
             self.net = nn.parallel.DistributedDataParallel(net)
             for name, buffer in net.named_buffers(recurse=False):
                 self.net.register_buffer(name, buffer)  # the losses' own
+        self.previews = {100, *range(1000, args.steps, 1000)} - {args.steps}
         self.recent, self.began = [], time.perf_counter()
+
+    def last_write(self):
+        """When OUT/ckpt.pt was written, or 0: did another process do so?"""
+        path = Path(self.args.out, "ckpt.pt")
+        return path.stat().st_mtime_ns if path.exists() else 0
 
     def batches(self, images, labels):
         """Random images uint8 (B, C, H, W) and labels (B,) or None, up to args.steps;
@@ -893,35 +778,25 @@ class Run:
         if args.sample_only:
             return
         n = sum(p.numel() for p in self.net.parameters())
-        size = f"{n:,} weights, {self.ema.dtype}, {world} x {args.device}"
-        print(f"train  {size}, {args.steps} steps of {args.batch_size}: {args.out}")
-        if self.step >= args.steps:
-            print(f"train  all {self.step} steps are done: --steps N trains up to N")
+        what = f"{n:,} weights, {self.ema.dtype}, {world} x {args.device}"
+        steps = f"steps {self.step} to {args.steps} of {args.batch_size} images"
+        print(f"train  {what}, {steps}: {args.out}")
         images = images.to(args.device)
         labels = None if labels is None else labels.to(args.device)
         how = f"--resume --out {args.out} goes on from step {self.saved}"
-        with claim(args.out) if rank() == 0 else contextlib.nullcontext():
-            if not args.resume:
-                check_folder(args.out, args.overwrite)  # now that nobody else writes
-            Run.note = how if self.saved else "nothing was saved yet: start again"
-            self.began = time.perf_counter()
-            while self.step < args.steps:
-                seed_all(args.seed, self.step, rank())
-                B = args.batch_size // world
-                i = torch.randint(len(images), (B,), device=args.device)
-                yield images[i], None if labels is None else labels[i]
-                if self.step % 500 == 0 or self.step in (100, args.steps):
-                    self.save()
+        Run.note = how if self.saved else "nothing was saved yet: start again"
+        self.began = time.perf_counter()
+        while self.step < args.steps:
+            seed_all(args.seed, self.step, rank())
+            B = args.batch_size // world
+            i = torch.randint(len(images), (B,), device=args.device)
+            yield images[i], None if labels is None else labels[i]
+            if self.step % 500 == 0 or self.step in (100, args.steps):
+                self.save()
         if world > 1:
             dist.destroy_process_group()
             if rank() > 0:
                 sys.exit()  # the first process samples
-
-    @property
-    def preview_due(self):
-        """Whether to look at samples now: after 100 steps, then every 1000."""
-        now = self.step == 100 or self.step % 1000 == 0
-        return now and self.step < self.args.steps
 
     def update(self, loss):
         """A step of Adam and Muon; every 100 steps a line, log.csv and loss.png."""
@@ -954,8 +829,8 @@ class Run:
             mean /= dist.get_world_size()
         mean = mean.tolist()  # the only wait for the device
         if not math.isfinite(sum(mean)):
-            kept = f"{args.out}/ckpt.pt is of step {self.saved}" if self.saved else ""
-            raise UserError(f"the loss is not finite: lower --lr. {kept}")
+            kept = f"the last checkpoint is of step {self.saved}"
+            raise UserError(f"the loss is not finite: lower --lr; {kept}")
         minutes = (time.perf_counter() - self.began) / 60
         rate = n * args.batch_size / minutes / 60
         left = (args.steps - self.step) * args.batch_size / rate / 60
@@ -966,17 +841,22 @@ class Run:
         if rank() == 0:
             write_csv(f"{args.out}/log.csv", ",".join(LOG), self.rows)
             curve = [row[:2] for row in self.rows]
-            save_curve(f"{args.out}/loss.png", curve, "step", "loss, mean of 100 steps")
+            save_curve(f"{args.out}/loss.png", curve, "loss, mean of 100 steps")
         self.recent, self.began = [], time.perf_counter()
 
     def save(self):
-        """Write OUT/ckpt.pt atomically."""
-        self.saved = self.step
-        Run.note = f"--resume --out {self.args.out} goes on from step {self.saved}"
+        """Write OUT/ckpt.pt atomically. UserError if somebody else has written it."""
+        path, self.saved = Path(self.args.out, "ckpt.pt"), self.step
         what = {"args": vars(self.args), "rows": self.rows}
         what |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
-            write(Path(self.args.out, "ckpt.pt"), lambda f: torch.save(what, f))
+            if self.stamp != self.last_write():
+                raise UserError(
+                    f"another process trains in {self.args.out}: name another"
+                )
+            write(path, lambda f: torch.save(what, f))
+            self.stamp = self.last_write()
+        Run.note = f"--resume --out {self.args.out} goes on from step {self.saved}"
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -999,35 +879,31 @@ def grid(images, cols=10, pad=2, scale=2):
     return ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
 
 
-def save_curve(path, points, xlabel, ylabel):
-    """A line through points (x, y), as PNG; y on a log axis if it is positive, with
-    three round numbers at least: 1-2-5 steps, or the steps of a straight axis."""
-    W, H, left, top, right, bottom = 700, 400, 75, 40, 680, 350
-    xs, ys = zip(*points)
-    low = min(ys)
-    high = max(*ys, low + 1e-3 * abs(low))  # a range, even of equal numbers
-    high += 1e-6 * abs(high) + 1e-12
-    powers = [m * 10.0**k for k in range(-20, 20) for m in (1, 2, 5)]
-    marks = [v for v in powers if low <= v <= high]
-    if len(marks) < 3 or low <= 0:
-        step = max(v for v in powers if v <= (high - low) / 3)
-        marks = [k * step for k in range(math.ceil(low / step), int(high // step) + 1)]
+def save_curve(path, points, ylabel):
+    """A line through points (step, y), as PNG, with three numbers at least on its y
+    axis: 1-2-5 steps, logarithmic, if all y are positive and differ enough."""
+    left, top, right, bottom = 75, 40, 680, 350
+    steps, ys = zip(*points)
+    low, high = min(ys), max(ys) + 1e-3 * abs(max(ys)) + 1e-9  # even of equal numbers
+    marks = [m * 10.0**k for k in range(-20, 20) for m in (1, 2, 5)]
+    marks = [v for v in marks if low <= v <= high]
+    if low <= 0 or len(marks) < 3:
+        marks = np.linspace(low, high, 4)
     scale = math.log if low > 0 else float
-    picture = Image.new("RGB", (W, H), "white")
+    picture = Image.new("RGB", (700, 400), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
 
-    def at(x, y):
-        share = (scale(y) - scale(low)) / (scale(high) - scale(low))
-        return left + x / max(xs) * (right - left), bottom - share * (bottom - top)
+    def at(step, y):
+        up = (scale(y) - scale(low)) / (scale(high) - scale(low))
+        return left + step / steps[-1] * (right - left), bottom - up * (bottom - top)
 
     for y in marks:
-        draw.line([at(0, y), at(max(xs), y)], "#d1d5db")
-        draw.text((left - 6, at(0, y)[1]), f"{y:.6g}", "black", font, "rm")
-    for x in (0, max(xs) // 2, max(xs)):
-        draw.text((at(x, low)[0], bottom + 6), f"{x}", "black", font, "mt")
+        draw.line([at(0, y), at(steps[-1], y)], "#d1d5db")
+        draw.text((left - 6, at(0, y)[1]), f"{y:.4g}", "black", font, "rm")
+    for step in (0, steps[-1] // 2, steps[-1]):
+        draw.text((at(step, low)[0], bottom + 6), f"{step}", "black", font, "mt")
     draw.rectangle([left, top, right, bottom], outline="black")
-    draw.text((left, 20), ylabel, "black", font, "lm")
-    draw.text(((left + right) / 2, H - 15), xlabel, "black", font, "mm")
+    draw.text((left, 20), f"{ylabel}, at each step", "black", font, "lm")
     draw.line([at(*point) for point in points], "#2563eb", 3, "curve")
     write(path, lambda f: picture.save(f, "PNG"))
 
@@ -1070,7 +946,6 @@ def save_samples(args, draw, preview=0, low=-1.0):
     """
     N = 20 if preview else args.samples
     name = f"_{preview:06d}" if preview else args.suffix
-    folder = args.to or args.out
     parts, began = [], time.perf_counter()
     for first in range(0, 0 if rank() else N, CHUNK):
         seed_all(args.seed, first)
@@ -1086,9 +961,9 @@ def save_samples(args, draw, preview=0, low=-1.0):
     if not parts:
         return
     x = torch.cat(parts)[:N]
-    path = f"{folder}/samples{name}"
+    path = f"{args.out}/samples{name}"
     write(f"{path}.png", lambda f: grid(x[:100]).save(f, "PNG"))
-    save_process(frames, f"{folder}/process{name}")
+    save_process(frames, f"{args.out}/process{name}")
     if args.npz and not preview:
         labels = labels_of(args, torch.arange(N))
         labels = [] if labels is None else labels.tolist()

@@ -447,7 +447,7 @@ def report_bound(args, net, abar, variance, gamma):
     rmse = 127.5 * mse.sqrt()
     table = torch.stack([t, L, error, rate, rmse], dim=1)
     names = "t,bits_per_dim,standard_error,rate,rmse_in_grey_levels"
-    common.write_csv(f"{args.to or args.out}/bound.csv", names, table)
+    common.write_csv(f"{args.out}/bound.csv", names, table)
     parts = f"L_T {prior:.3g}   L_1..T-1 {L[1:].sum():.4f}   L_0 {L[0]:.4f}"
     total = prior + L.sum()
     bits = f"{total:.4f} +- {error.norm():.4f} bits/dim"
@@ -507,7 +507,7 @@ def main(argv=()):
         x0 = x0 * (2 / 255) - 1  # line 2
         l = objective(run.net, x0, abar_device, label, args.predict)  # lines 3 to 5
         run.update(l)  # line 5: a gradient step
-        if run.preview_due:
+        if run.step in run.previews:
             common.save_samples(args, quick, run.step)
 
     common.seed_all(args.seed)

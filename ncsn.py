@@ -326,7 +326,7 @@ def main(argv=()):
     for x, label in run.batches(images, labels):
         x = x * (1 / 255)  # in [0, 1], as in the paper
         run.update(objective(run.net, x, levels, label, args.power))
-        if run.preview_due:
+        if run.step in run.previews:
             common.save_samples(args, quick, run.step, low=0.0)
     common.save_samples(args, draw, low=0.0)
 

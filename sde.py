@@ -703,7 +703,7 @@ def report_bits(args, score, sde, images):
         bits = torch.cat([bits, -log_p / d / math.log(2)])
         print(f"bits   {len(bits)}/{N} images   mean {bits.mean():.4f}")
     names = ",".join(f"probe_{k + 1}" for k in range(args.probes))
-    common.write_csv(f"{args.to or args.out}/bits.csv", names, bits)
+    common.write_csv(f"{args.out}/bits.csv", names, bits)
     error = bits.mean(1).std() / N**0.5
     kind = f"{N} test images (exact, dequantised, {args.probes} probes each)"
     print(f"bits   {bits.mean():.4f} +- {error:.4f} bits/dim on {kind}")
@@ -742,7 +742,7 @@ def main(argv=()):
         else:
             l = loss(run.net, y, sde, label, args.weighting)
         run.update(l)
-        if run.preview_due and not args.train_classifier:
+        if run.step in run.previews and not args.train_classifier:
             common.save_samples(args, quick, run.step)
     if args.train_classifier:
         return
