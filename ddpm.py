@@ -44,7 +44,7 @@ VARIANCES = ["beta", "beta-tilde", "learned", "analytic"]
 
 # --paper undoes what "Differs" lists; improved DDPM's settings with its objectives
 PAPER = {"predict": "eps", "schedule": "linear", "T": 1000}
-PAPER |= {"optimizer": "adam", "lr": 2e-4, "constant_lr": True}
+PAPER |= {"focus": False, "optimizer": "adam", "lr": 2e-4, "constant_lr": True}
 IMPROVED = PAPER | {"schedule": "cosine", "T": 4000, "lr": 1e-4}
 
 # ------------------------------------------------------------------ the forward process
@@ -99,14 +99,18 @@ def eps_and_x0(out, x_t, a, b, predict):
 # ---------------------------------------------------------------- training: Algorithm 1
 
 
-def loss(net, x0, abar, label=None, predict="eps"):
+def loss(net, x0, abar, label=None, predict="eps", focus=False):
     """L_simple, eq. (14), a mean over pixels; x0 (B, ...), images in [-1, 1] or points.
 
-    predict: what net(x_t, t, label) returns and is trained on, eps, x0 or v. One in ten
-    labels is dropped (-1): the network learns with and without them.
+    predict: what net(x_t, t, label) returns and is trained on, eps, x0 or v. focus: see
+    common.focus. One in ten labels is dropped (-1): the network learns with and without
+    them.
     """
     T, B = len(abar) - 1, len(x0)
     t = torch.randint(1, T + 1, (B,), device=x0.device)  # line 3: t ~ {1, ..., T}
+    if focus:
+        p = common.focus(((1 - abar[1:]) / abar[1:]).sqrt())
+        t = p.multinomial(B, replacement=True) + 1
     x_t, eps, a, b = diffuse(x0, abar[t])  # line 4, eq. (4)
     out = net(x_t, t, hide(label))
     return (target(x0, eps, a, b, predict) - out).square().mean()  # line 5, eq. (14)
@@ -503,6 +507,8 @@ def main(argv=()):
     quick = partial(draw, sampler="ddim", tau=few)
     abar_device = abar.to(args.device)
     objective = LOSSES[args.objective]
+    if args.objective == "simple":
+        objective = partial(loss, focus=args.focus)
     for x0, label in run.batches(images, labels):  # Algorithm 1, lines 1 and 6
         x0 = x0 * (2 / 255) - 1  # line 2
         l = objective(run.net, x0, abar_device, label, args.predict)  # lines 3 to 5

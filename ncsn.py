@@ -38,7 +38,7 @@ from common import ON_OFF, UNet, UserError, each, geometric_sigmas, hide, per_sa
 
 # --paper undoes what "Differs" lists; with --improved the second paper's settings
 PAPER = {"sigma_max": 1.0, "sigma_min": 0.01, "levels": 10, "power": 2.0}
-PAPER |= {"gaussian": False, "T": 100, "eps": 4e-5, "denoise": False}
+PAPER |= {"gaussian": False, "T": 100, "eps": 4e-5, "denoise": False, "focus": False}
 PAPER |= {"optimizer": "adam", "lr": 1e-3, "constant_lr": True}
 IMPROVED = PAPER | {"sigma_max": None, "levels": None, "eps": None}  # by Techniques
 IMPROVED |= {"T": 5, "denoise": True, "lr": 1e-4}
@@ -55,13 +55,21 @@ def score(net, x, sigma, label=None):
 # ------------------------------------------------------------- training: score matching
 
 
-def loss(net, x, sigma, label=None, power=2.0):
+def draw_levels(sigma, B, focus=False):
+    """Indices (B,) of the levels sigma (L,), uniform, or as common.focus wants them."""
+    if focus:  # in [-1, 1] the same noise has twice the sigma
+        return common.focus(2 * sigma).multinomial(B, replacement=True)
+    return torch.randint(len(sigma), (B,), device=sigma.device)
+
+
+def loss(net, x, sigma, label=None, power=2.0, focus=False):
     """Denoising score matching over the levels sigma (L,), eqs. (5), (6), per pixel.
 
-    x (B, ...), images in [0, 1] or points; lambda = sigma^power. One in ten labels is
-    dropped (-1), so the network also learns the unconditional score.
+    x (B, ...), images in [0, 1] or points; lambda = sigma^power; focus: see
+    common.focus. One in ten labels is dropped (-1), so the network also learns the
+    unconditional score.
     """
-    i = torch.randint(len(sigma), (len(x),), device=x.device)  # the sum of eq. (6)
+    i = draw_levels(sigma, len(x), focus)  # the sum of eq. (6)
     sigma_i = sigma[i]  # (B,)
     label = hide(label)
     z = torch.randn_like(x)
@@ -72,14 +80,14 @@ def loss(net, x, sigma, label=None, power=2.0):
     return (sigma_i**power * l).mean()  # eq. (6)
 
 
-def ssm_loss(net, x, sigma, label=None, power=2.0, reduced=True):
+def ssm_loss(net, x, sigma, label=None, power=2.0, focus=False, reduced=True):
     """Sliced score matching, E[v^T grad_x s v + norm / 2], over the same levels.
 
     norm: (v^T s)^2, or with reduced variance || s ||^2 (SSM-VR; eq. (3) of NCSN). v has
     random signs; the plain SSM code uses unit vectors. Its mean is that of the loss
     above minus sigma^(power - 2) / 2.
     """
-    i = torch.randint(len(sigma), (len(x),), device=x.device)
+    i = draw_levels(sigma, len(x), focus)
     sigma_i = sigma[i]
     label = hide(label)
     x_tilde = (x + per_sample(sigma_i, x) * torch.randn_like(x)).requires_grad_()
@@ -325,7 +333,7 @@ def main(argv=()):
     objective = OBJECTIVES[args.objective]
     for x, label in run.batches(images, labels):
         x = x * (1 / 255)  # in [0, 1], as in the paper
-        run.update(objective(run.net, x, levels, label, args.power))
+        run.update(objective(run.net, x, levels, label, args.power, args.focus))
         if run.step in run.previews:
             common.save_samples(args, quick, run.step, low=0.0)
     common.save_samples(args, draw, low=0.0)

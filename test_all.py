@@ -206,6 +206,14 @@ SLICED = partial(ncsn.ssm_loss, reduced=False)
 LOSSES = {"dsm": ncsn.loss, "ssm": SLICED, "ssm-vr": ncsn.ssm_loss}
 
 
+def focused(sigma):
+    """How often focus takes each of the levels, by an integral over ln sigma between
+    the neighbours: 4/5 N(0.5, 0.7^2), 1/5 uniform."""
+    z = (sigma.log() - 0.5) / 0.7
+    normal = torch.special.ndtr(z).diff(append=torch.special.ndtr(z[-1:])).abs()
+    return 0.8 * normal / normal.sum() + 0.2 / len(sigma)
+
+
 class ScoreMatching(Case):
     sigma = common.geometric_sigmas(4.0, 0.1, 10)
 
@@ -232,6 +240,10 @@ class ScoreMatching(Case):
             noise, counts = noise.unique(return_counts=True)
             near(noise, levels.log().flip(0))
             near(counts / 20_000, 1 / 3, 0.015)  # 4.5 standard errors
+            _, noise, _ = trains(score_net, partial(loss, focus=True), self.sigma)
+            _, counts = noise.unique(return_counts=True)  # of 20,000; in [0, 1]
+            near(counts.flip(0) / 20_000, focused(2 * self.sigma), 0.06)
+            assert counts[5:7].sum() > 5 * counts[:2].sum()
             # the sliced ones go twice through the network
             self.tiny(ncsn, "--levels 2 --overwrite --objective", name)
         x = zeros(4, 1)
@@ -392,6 +404,13 @@ class Diffusion(Case):
         counts = t.bincount(minlength=1001)
         assert counts[0] == 0
         near(counts[1:].sqrt(), sqrt(20), 3)  # six standard deviations
+        _, t, _ = trains(exact, partial(ddpm.loss, focus=True), ABAR)
+        counts = t.bincount(minlength=1001)
+        p = focused(((1 - a) / a).sqrt())
+        assert counts[0] == 0
+        near(counts[1:].sqrt(), (20_000 * p).sqrt(), 3)
+        near(common.focus(((1 - a) / a).sqrt()) / p, 1, 0.05)
+        near(common.focus(ones(1)), 0.2)
 
     def reached(self, name, tau, s):
         """Mean and variance after the steps tau on N(M, s^2): each is linear in x."""
@@ -712,11 +731,14 @@ class SDEs(Case):
     def test_losses_at_the_exact_score_are_their_closed_forms(self):
         x0 = data(40_000, 2)
         u = (arange(20_000).double() + 0.5) / 20_000
-        for sd in (0.5, 1.0):
-            sigma = 2 * sd * (torch.special.ndtri(u) - 0.4).exp()
+        z = torch.special.ndtri(u)
+        for sd, focus in product((0.5, 1.0), (False, True)):
+            sigma = 2 * sd * (1.2 * z - 1.2).exp()
+            if focus:
+                sigma = cat([(0.7 * z + 0.5).exp()] * 4 + [sigma])
             left = S**2 / (S**2 + sigma**2)  # E (eps - z)^2
             l = left * (sigma**2 + sd**2) / sd**2
-            found = sde.edm_loss(as_network(best_D, sd), x0, sigma_data=sd)
+            found = sde.edm_loss(as_network(best_D, sd), x0, None, focus, sd)
             near(found / l.mean(), 1, 0.04)  # standard error at most 0.8 %
         net = as_network(best_D)
         for e in (VE, VP, SUB_VP, FLOW):
@@ -940,7 +962,6 @@ class SDEs(Case):
             ("add --sample-only", f"--guide={out} --guidance=1"),
             ("add --sample-only", f"--sample-only --out={out} --guide={out}"),
             ("has n_classes 10", f"{draw} --guide={label} --guidance=1"),
-            ("the run itself", f"{draw} --guide={out} --guidance=1"),
         ):
             mistake(words, sde, "--out", self.dir / "x", flags)
         mistake("cannot generate images", inpaint, judge)
