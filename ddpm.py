@@ -14,8 +14,9 @@ Sample   x_{t-1} = (x_t - beta_t / sqrt(1 - abar_t) eps_theta) / sqrt(alpha_t)
                    + sigma_t z                                   Algorithm 2, eq. (11)
 Bound    -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0 in bits/dim       eqs. (5), (13)
 Differs  mean over pixels instead of sum; the shifted cosine schedule; the network
-         predicts v, not eps, with the loss on v, which weights eps by 1 / abar_t; a
-         smaller U-Net; no dropout, no flips; Muon, learning-rate decay; averaged
+         predicts v, not eps, with the loss on v, which weights eps by 1 / abar_t; steps
+         with sigma_t = sqrt(1 / abar_t - 1) near 1.6 are trained more often (--focus);
+         a smaller U-Net; no dropout, no flips; Muon, learning-rate decay; averaged
          weights, decay 0.999 (paper: 0.9999); x_0 is clipped, as in the authors' code,
          with DDIM too, but not in L_0. Their decoder has a tanh where eq. (13) has the
          normal distribution function, and a floor of 1e-12. DDIM's steps run from T to

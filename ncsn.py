@@ -13,12 +13,13 @@ Sample   for sigma_1 ... sigma_L, T times each:
          alpha_i = eps sigma_i^2 / sigma_L^2                                Algorithm 1
 Differs  mean over pixels instead of sum; one U-Net, given log sigma, that learns the
          residual to the score of N(0, (sigma^2 + 1/4) I) (not with --improved); more
-         levels, a larger first sigma, 0.05 as the last; T = 10; lambda = sigma^3; Muon,
-         gradient clipping, learning-rate decay; a weight EMA with a shorter horizon
-         early on; images are not dequantised; a last denoising step, as in the second
-         paper (the first one's code returns the state before its last step, clamped);
-         --improved starts at sigma_1 z, its authors' code at uniform noise. Both
-         papers' code takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5 is 4e-5 here
+         levels, a larger first sigma, 0.05 as the last; T = 10; lambda = sigma^3;
+         levels near sigma = 0.8 are trained more often (--focus); Muon, gradient
+         clipping, learning-rate decay; a weight EMA with a shorter horizon early on;
+         images are not dequantised; a last denoising step, as in the second paper (the
+         first one's code returns the state before its last step, clamped); --improved
+         starts at sigma_1 z, its authors' code at uniform noise. Both papers' code
+         takes x + alpha s + sqrt(2 alpha) z: its eps = 2e-5 is 4e-5 here
 
     python ncsn.py                              # renders its own digits, trains on them
     python ncsn.py --dataset mnist              # then see runs/ncsn-mnist/samples.png

@@ -1880,7 +1880,7 @@ class Runs(Case):
         for script, own, few, last in (
             (ncsn, "--levels 2 --T 15", 20, 30),
             (ddpm, "--T 60", 50, 60),
-            (sde, "--sample-steps 60", 49, 121),
+            (sde, "--sample-steps 60", 99, 121),
         ):
             out = self.dir / script.__name__
             argv = script, SMALL, own, "--steps 3 --paper --out", out
@@ -2281,6 +2281,7 @@ ncsn ddpm sde --resume --steps 3 --out RUN | [c.self.step for c in calls["save"]
 ncsn ddpm sde --overwrite --out RUN | "update" in calls
 ncsn ddpm sde inpaint --device cuda:77 | "--device cuda:77 cannot be used here" in text
 ncsn --objective ssm | not ssm_loss.reduced
+  --no-focus | not ssm_loss.focus
   --sigma-max 4 --sigma-min 1 | near(sample.sigma, [4, sqrt(8), 2, sqrt(2), 1])
   --levels 5 | near(ssm_loss.sigma, sample.sigma)
   --power 1.5 | ssm_loss.power == 1.5
@@ -2293,11 +2294,13 @@ ncsn --objective ssm-vr | ssm_loss.reduced
   --levels 5 | settle.sigma.shape == (5,)
   --power 1.5 | ssm_loss.power == 1.5
 ncsn --gaussian --denoise | type(save.self.ema) is ncsn.ScoreUNet and sample.denoise
+  --focus | loss.focus and near(focus.sigma[[0, -1]], [10, 0.1])
   --objective dsm | loss.power == 3 and near(loss.sigma[[0, -1]], [5, 0.05])
   | 0 <= loss.x.min() and loss.x.max() <= 1 and save_samples.low == 0
 ddpm --T 30 | len(sample.abar) == len(loss.abar) == 31
   --schedule linear | near([sample.abar[1], loss.abar[1]], 1 - 0.1 / 30)
   --predict x0 | loss.predict == predictor.predict == "x0"
+  --no-focus | not loss.focus
   --clip | predictor.clip
   --objective simple | sample.x.shape == (4, 1, 8, 8)
   | loss.x0.min() < -0.9 and loss.x0.max() > 0.9
@@ -2308,6 +2311,7 @@ ddpm --objective hybrid | hybrid_loss.lam == 0.001 and ancestral.variance == "le
 ddpm --objective vlb | vlb_loss.T == 9 and ancestral.variance == "beta-tilde"
   --variance beta-tilde | not predictor.learned
 ddpm --sampler ddim | ddim.tau == [9, 1, 0]
+  --focus | loss.focus and len(focus.sigma) == 9
   --eta 0.5 --sample-steps 2 | ddim.eta == 0.5
 ddpm --variance analytic | [c.clip for c in calls["predictor"]] == [False, True]
   | second_moment.x0.min() < -0.9 and len(second_moment.x0) == 50
@@ -2335,13 +2339,15 @@ sde --sde subvp | type(pc_vp.sde) is sde.SubVP and pc_vp.sde.t_min == 1e-3
 sde --sampler heun | heun.N == 7 and near(draw.x.std(), 1, 0.25)
   --churn 20 | heun.churn == 20
   --weighting edm | edm_loss.x0 is dequantised.result
+  --focus | edm_loss.focus
   --sample-steps 7 | len(calls["slope"]) == 13
 sde --sde flow | type(loss.sde) is sde.Flow
   --weighting flow | loss.weighting == "flow"
   --sampler ode --tol 0.1 | ode.tol == 0.1 and make_score.clip is False
 sde --sampler adaptive --tol 0.2 | adaptive.tol == 0.2
   --sde edm --sigma-max 70 | adaptive.sde.T == 70 and type(adaptive.sde) is sde.EDM
-sde --sampler em --grid t | em.ts is times.result and times.grid == "t"
+sde --sampler em --no-focus | not edm_loss.focus
+  --grid t | em.ts is times.result and times.grid == "t"
 sde --sampler reverse | reverse.ts is times.result and times.grid == "angle"
 sde --sampler reverse-ode | reverse_ode.ts is times.result
 sde --sampler ancestral | ancestral.ts is times.result
