@@ -243,8 +243,7 @@ def read_cifar10(folder, split):
     part = "data_batch" if split == "train" else "test_batch"
     with blame(f"{path} is damaged"), tarfile.open(path, "r:gz") as tar:
         raw = [tar.extractfile(f).read() for f in tar if f.isfile() and part in f.name]
-        rows = np.frombuffer(b"".join(raw), np.uint8).reshape(-1, 3073)
-        rows = torch.tensor(rows)
+        rows = torch.tensor(np.frombuffer(b"".join(raw), np.uint8).reshape(-1, 3073))
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long()
 
 
@@ -611,8 +610,6 @@ def check_folder(out, overwrite):
 
 def join_processes(args):
     """Under torchrun: one device per process, and a share of the batch for each."""
-    if args.sample_only:
-        raise UserError("--sample-only is for one process: leave out torchrun")
     world = int(os.environ["WORLD_SIZE"])
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} is not a multiple of {world}")
@@ -666,8 +663,7 @@ def read_checkpoint(folder, scripts):
     missing, damaged, or from another script."""
     path = Path(folder, "ckpt.pt")
     if not path.exists():
-        cures = "name a run's folder, or train (anew: --overwrite)"
-        raise UserError(f"there is no {path}: {cures}")
+        raise UserError(f"there is no {path}: train, or name the folder of a run")
     with blame(f"{path} is damaged or no checkpoint"):
         what = torch.load(path, map_location="cpu", weights_only=True)
         saved = SimpleNamespace(**what, step=int(what["rows"][-1][0]))
@@ -799,7 +795,7 @@ class Run:
         if world > 1:
             dist.destroy_process_group()
             if rank() > 0:
-                sys.exit()  # the first process samples
+                sys.exit()
 
     def update(self, loss):
         """A step of Adam and Muon; every 100 steps a line, log.csv and loss.png."""
@@ -854,9 +850,7 @@ class Run:
         what |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
             if self.stamp != self.last_write():
-                raise UserError(
-                    f"another process trains in {self.args.out}: name another"
-                )
+                raise UserError(f"another process trains in {path.parent}")
             write(path, lambda f: torch.save(what, f))
             self.stamp = self.last_write()
         Run.note = f"--resume --out {self.args.out} goes on from step {self.saved}"
@@ -872,13 +866,11 @@ def to_uint8(x, low=-1.0):
 
 def grid(images, cols=10, pad=2, scale=2):
     """A Pillow picture of uint8 images (N, C, H, W), row by row."""
-    N, C, H, W = images.shape
-    rows = math.ceil(N / cols)
-    sheet = torch.full((C, rows * (H + pad), cols * (W + pad)), 64, dtype=torch.uint8)
-    for k, image in enumerate(images):
-        y, x = k // cols * (H + pad), k % cols * (W + pad)
-        sheet[:, y : y + H, x : x + W] = image
-    picture = Image.fromarray(sheet.permute(1, 2, 0).squeeze(2).numpy())
+    missing = -len(images) % cols
+    images = F.pad(images, (0, pad, 0, pad, 0, 0, 0, missing), value=64)
+    _, C, H, W = images.shape
+    sheet = images.view(-1, cols, C, H, W).permute(0, 3, 1, 4, 2)
+    picture = Image.fromarray(sheet.reshape(-1, cols * W, C).squeeze(2).numpy())
     return ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
 
 
@@ -950,7 +942,9 @@ def save_samples(args, draw, preview=0, low=-1.0):
     N = 20 if preview else args.samples
     name = f"_{preview:06d}" if preview else args.suffix
     parts, began = [], time.perf_counter()
-    for first in range(0, 0 if rank() else N, CHUNK):
+    if rank() > 0:
+        return  # the first process samples
+    for first in range(0, N, CHUNK):
         seed_all(args.seed, first)
         watch = Watch()
         x = draw(torch.arange(first, first + CHUNK), watch)
@@ -961,8 +955,6 @@ def save_samples(args, draw, preview=0, low=-1.0):
         parts.append(to_uint8(x, low))
         cost = f"{watch.calls} evaluations each, {time.perf_counter() - began:.0f} s"
         print(f"sample {min(first + CHUNK, N)}/{N} images, {cost}")
-    if not parts:
-        return
     x = torch.cat(parts)[:N]
     path = f"{args.out}/samples{name}"
     write(f"{path}.png", lambda f: grid(x[:100]).save(f, "PNG"))
