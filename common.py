@@ -505,7 +505,7 @@ def arguments(script, doc, paper=None):
     add = p.kept.add_argument
     add("--dataset", type=PATH, default="digits", help=f"{SETS}, or a FOLDER (digits)")
     add("--data-dir", type=PATH, default="data", help="where data sets are kept (data)")
-    add("--steps", type=int, help="training steps (6000; digits: 2000)")
+    add("--steps", type=int, help="training steps (6000; digits: 1600)")
     add("--seed", type=int, default=0, help="random seed (0)")
     add = p.settled.add_argument
     words = "the paper's settings; steps, batch, network and average stay ours"
@@ -563,7 +563,7 @@ def start(parser, argv):
     cuda = "cuda" in args.device
     args.batch_size = args.batch_size or (256 if cuda else 32)
     args.width = args.width or (64 if cuda else 32)
-    args.steps = args.steps or (2000 if args.dataset in DRAWN else 6000)
+    args.steps = args.steps or (1600 if args.dataset in DRAWN else 6000)
     if dist.is_torchelastic_launched():
         join_processes(args)
     seed_all(args.seed)  # the network's first weights

@@ -1512,7 +1512,7 @@ class Mistakes(Case):
         odd = self.save("odd/a.png", RAMP[:6])
         mistake("multiples of 4", *flags, tilde, "--overwrite --dataset", odd)
         assert kept(tilde) == before
-        for name, steps in (("digits", 2000), ("mnist", 6000)):
+        for name, steps in (("digits", 1600), ("mnist", 6000)):
             argv = as_argv("--dataset", name, "--out", self.out)
             assert common.start(ddpm.flags(), argv).steps == steps
 
@@ -2245,7 +2245,7 @@ class Evaluation(Case):
 
 SCRIPTS = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde, "inpaint": inpaint, "toy": toy}
 BELOW = {"common": "", "inpaint": "ncsn ddpm sde", "toy": "ncsn ddpm sde inpaint"}
-SHORTER = "50)>5) 60000>50 range(2000)>range(2) 1000>20 randn(16,>randn(2, T=10>T=1"
+SHORTER = "50)>5) 60000>50 range(2000)>range(2) range(1600)>range(2) 1000>20 randn(16,>randn(2, T=10>T=1"
 
 
 # A block is a command of each script in its first line, with all flags of its rows; and
