@@ -2245,7 +2245,8 @@ class Evaluation(Case):
 
 SCRIPTS = {"ncsn": ncsn, "ddpm": ddpm, "sde": sde, "inpaint": inpaint, "toy": toy}
 BELOW = {"common": "", "inpaint": "ncsn ddpm sde", "toy": "ncsn ddpm sde inpaint"}
-SHORTER = "50)>5) 60000>50 range(2000)>range(2) range(1600)>range(2) 1000>20 randn(16,>randn(2, T=10>T=1"
+SHORTER = "50)>5) 60000>50 range(2000)>range(2) range(1600)>range(2) 1000>20 "
+SHORTER += "randn(16,>randn(2, T=10>T=1"
 
 
 # A block is a command of each script in its first line, with all flags of its rows; and
