@@ -451,9 +451,10 @@ def guided(net, label=None, w=0.0, guide=None):
         raise ValueError("guidance needs labels (B,), or a guide")
 
     def guided_net(x, noise, *_):  # the label is fixed
-        out, C = net(x, noise, label), x.shape[1]
+        out = net(x, noise, label)
         if not w:
             return out
+        C = x.shape[1]
         unknown = label if guide else torch.full_like(label, -1)
         worse = (guide or net)(x, noise, unknown)
         better = (1 + w) * out[:, :C] - w * worse[:, :C]
