@@ -454,9 +454,11 @@ def guided(net, label=None, w=0.0, guide=None):
         out = net(x, noise, label)
         if not w:
             return out
+        if guide:
+            worse = guide(x, noise, label)
+        else:
+            worse = net(x, noise, torch.full_like(label, -1))
         C = x.shape[1]
-        unknown = label if guide else torch.full_like(label, -1)
-        worse = (guide or net)(x, noise, unknown)
         better = (1 + w) * out[:, :C] - w * worse[:, :C]
         return torch.cat([better, out[:, C:]], dim=1)
 
@@ -478,7 +480,7 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv, stored=None):
         """Parse the flags. Their defaults: stored settings, a dictionary, then the
-        paper's with --paper. UserError for a number below 0, or a 0 without a sense."""
+        paper's with --paper. UserError for a number below 0, or a 0 that makes none."""
         stored = stored or {}
         args = self.parse_args(argv, SimpleNamespace(**stored))
         if getattr(args, "paper", False):
@@ -517,7 +519,7 @@ def arguments(script, doc, paper=None):
     add("--optimizer", choices=["muon", "adam"], default="muon", help=words)
     add("--lr", type=float, default=1e-3, help="peak learning rate (0.001); Muon: 5x")
     add("--constant-lr", action=ON_OFF, default=False, help="no decay after a warm-up")
-    words = "train more often where ln sigma ~ N(0.5, 0.7^2) (papers: no)"
+    words = "simple, dsm, ssm, edm: mostly where ln sigma ~ N(0.5, 0.7^2) (papers: no)"
     add("--focus", action=ON_OFF, default=True, help=words)
     add("--ema", type=float, default=0.999, help="EMA decay of the weights (0.999)")
     add("--width", type=int, help="channels at full resolution (32; on CUDA 64)")
@@ -565,7 +567,7 @@ def start(parser, argv):
     args.batch_size = args.batch_size or (256 if cuda else 32)
     args.width = args.width or (64 if cuda else 32)
     args.steps = args.steps or (1600 if args.dataset in DRAWN else 6000)
-    if dist.is_torchelastic_launched():
+    if dist.is_torchelastic_launched() and not args.sample_only:
         join_processes(args)
     seed_all(args.seed)  # the network's first weights
     return args

@@ -258,8 +258,7 @@ def edm_loss(net, x0, label=None, focus=False, sigma_data=1.0):
     n = torch.randn(len(x0), device=x0.device)
     sigma = 2 * sigma_data * (-1.2 + 1.2 * n).exp()
     if focus:
-        most = torch.rand_like(n) < 0.8
-        sigma = torch.where(most, (0.5 + 0.7 * n).exp(), sigma)
+        sigma = torch.where(torch.rand_like(n) < 0.8, (0.5 + 0.7 * n).exp(), sigma)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2  # lambda(sigma)
     y = x0 + per_sample(sigma, x0) * torch.randn_like(x0)
     D = D_theta(net, y, sigma, hide(label), sigma_data)
@@ -707,8 +706,7 @@ def report_bits(args, score, sde, images):
     names = ",".join(f"probe_{k + 1}" for k in range(args.probes))
     common.write_csv(f"{args.out}/bits.csv", names, bits)
     error = bits.mean(1).std() / N**0.5
-    total = f"{bits.mean():.4f} +- {error:.4f} bits/dim"
-    print(f"bits   {total} on {N} test images (exact, dequantised)")
+    print(f"bits   {bits.mean():.4f} +- {error:.4f} bits/dim on {N} test images")
 
 
 def load_guides(args):
