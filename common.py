@@ -32,7 +32,7 @@ PATH = os.path.expanduser  # the type of a flag
 
 
 class UserError(Exception):
-    """An error the user can fix; one sentence says what is wrong and what to do."""
+    """An error the user can fix: one sentence, what is wrong and what to do."""
 
 
 @contextlib.contextmanager
@@ -55,7 +55,8 @@ def cli(main):
     except BrokenPipeError:  # as in: python ncsn.py | head
         os._exit(0)
     except KeyboardInterrupt:
-        code, why = 130, f"stopped; {Run.note}"
+        code, how = 130, f"; --resume goes on from step {Run.saved}"
+        why = f"stopped{how if Run.saved else ''}"
     except (UserError, OSError) as e:
         code, why = 2, " ".join(str(e).split())
     except (MemoryError, RuntimeError) as e:
@@ -149,7 +150,6 @@ MIRRORS = {
 }
 SETS = ", ".join([*DRAWN, *MIRRORS])
 PICTURES = ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jp2 .tga"
-SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 def load_images(name, split="train", data_dir="data", size=None):
@@ -254,9 +254,8 @@ def read_picture(path, size=None):
     with blame(f"cannot read {path}"), Image.open(path) as im:
         several = im.format in ("TIFF", "GIF")
         for page in ImageSequence.Iterator(im) if several else [im]:
-            W, H = page.size
-            if not size and W * H > 512 * 512:
-                raise ValueError(f"{W} x {H} is large: pass --size, e.g. 32")
+            if not size and math.prod(page.size) > 512 * 512:
+                raise ValueError(f"{page.size} pixels are many: pass --size, e.g. 32")
             if page.mode[0] in "FI":
                 raise ValueError("its pixels exceed 8 bits: save an 8-bit image")
             page = ImageOps.exif_transpose(page).convert("RGBA")
@@ -290,34 +289,28 @@ def pictures_below(folder):
     return sorted(path for path in pictures if path.is_file())
 
 
-def class_names(folder, files):
-    """The sub-folders of the files, numbers in their order; [] if a file is in none."""
-    if any(path.parent == folder for path in files):
-        return []
-    names = {path.relative_to(folder).parts[0] for path in files}
-    if {name.lower() for name in names} <= SPLITS:
-        raise UserError(f"{folder} holds {sorted(names)}: give one of them, --dataset")
-    return sorted(names, key=lambda n: (int(n) if n.isdecimal() else math.inf, n))
-
-
 def read_folder(folder, split, size=None):
     """(images, labels or None, class names) of a folder's pictures, every tenth for
-    testing; sub-folders are the classes."""
-    files = pictures_below(folder)
-    chosen = [f for k, f in enumerate(files) if (k % 10 == 9) == (split == "test")]
-    if not chosen:
+    testing; sub-folders are the classes, numbers in their order."""
+    files, pages, labels = pictures_below(folder), [], []
+    for k, path in enumerate(files):
+        if (k % 10 == 9) == (split == "test"):
+            new = read_picture(path, size)
+            pages += new
+            labels += [path.relative_to(folder).parts[0]] * len(new)
+    if not pages:
         found = f"nor has it pictures to {split} on (every tenth is to test on)"
         raise UserError(f"--dataset {folder} is none of {SETS}, {found}")
-    names, pages, labels = class_names(folder, files), [], []
-    for path in chosen:
-        new = read_picture(path, size)
-        pages += new
-        if names:
-            labels += [names.index(path.relative_to(folder).parts[0])] * len(new)
     if len({page.shape for page in pages}) > 1:
         raise UserError(f"the pictures in {folder} differ in size: pass --size 32")
     images = as_images(torch.from_numpy(np.stack(pages)))
-    return images, torch.tensor(labels) if names else None, names
+    if any(path.parent == folder for path in files):
+        return images, None, []
+    names = {path.relative_to(folder).parts[0] for path in files}
+    if {name.lower() for name in names} <= {"train", "test", "val", "valid"}:
+        raise UserError(f"{folder} holds {sorted(names)}: give one of them, --dataset")
+    names = sorted(names, key=lambda n: (int(n) if n.isdecimal() else math.inf, n))
+    return images, torch.tensor([names.index(label) for label in labels]), names
 
 
 # -------------------------------------------------------------------------- the network
@@ -478,14 +471,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
-    def read(self, argv, stored=None):
-        """Parse the flags. Their defaults: stored settings, a dictionary, then the
-        paper's with --paper. UserError for a number below 0, or a 0 that makes none."""
-        stored = stored or {}
+    def read(self, argv, **stored):
+        """Parse the flags. Their defaults: stored settings, then the paper's with
+        --paper. UserError for a number below 0, or a 0 that makes no sense."""
         args = self.parse_args(argv, SimpleNamespace(**stored))
         if getattr(args, "paper", False):
-            defaults = self.paper(args) | stored
-            args = self.parse_args(argv, SimpleNamespace(**defaults))
+            args = self.parse_args(argv, SimpleNamespace(**self.paper(args) | stored))
         for action in self._actions:
             value = getattr(args, action.dest, None)
             # 0 makes sense where it is the default, and of a real number that has one
@@ -502,6 +493,7 @@ def arguments(script, doc, paper=None):
     p = Parser(doc)
     p.paper = paper
     p.set_defaults(script=script, shape=None, n_classes=0, names=[], suffix="")
+    p.set_defaults(born=time.time_ns())  # tells a run from one it replaced
     p.kept = p.add_argument_group("stored with the run; a later flag overrides it")
     p.settled = p.add_argument_group("fixed when training starts")
     p.sampling = p.add_argument_group("how to sample")
@@ -555,7 +547,6 @@ def start(parser, argv):
         args = kept_settings(parser, argv, out)
     else:
         check_folder(out, args.overwrite)
-        args.born = time.time_ns()
     args.out = out
     if (args.guidance or args.label) and not (args.classes or args.guide):
         raise UserError("--guidance, --label: train with --classes, or pass a --guide")
@@ -582,33 +573,29 @@ def kept_settings(parser, argv, out):
     names = ["shape", "n_classes", "names", "born", *[a.dest for a in kept + settled]]
     with blame(f"{out}/ckpt.pt is damaged or of another version"):
         stored = {name: getattr(saved, name) for name in names}
-    stored = {name: value for name, value in stored.items() if value is not None}
-    args = parser.read(argv, stored)
+    args = parser.read(argv, **{k: v for k, v in stored.items() if v is not None})
     for action in settled:
-        value = getattr(saved, action.dest)
+        value, flag = getattr(saved, action.dest), action.option_strings[0]
         if getattr(args, action.dest) != value:
-            flag = action.option_strings[0]
             raise UserError(f"{flag} is {value} in {out}: drop the flag")
     if args.sample_only and args.steps != saved.steps:
         raise UserError("--steps has no effect with --sample-only: see --resume")
-    for action in kept[3:] + sampling:
+    for action in kept[3:] + sampling if args.sample_only else []:
         value, flag = getattr(args, action.dest), action.option_strings[0]
-        if args.sample_only and value != getattr(saved, action.dest, None):
+        if value != getattr(saved, action.dest, None):
             name = "-n" if flag == "--samples" else flag[1:]
             args.suffix += f"{name}-{Path(str(value)).name}"
     return args
 
 
 def check_folder(out, overwrite):
-    """UserError if a run in OUT would replace what is there: --overwrite replaces a run
-    (whose log.csv says that it is one), nothing replaces other files."""
-    log = Path(out, "log.csv")
-    if log.is_file() and log.read_bytes().startswith(",".join(LOG).encode()):
-        if not overwrite:
-            cures = "--resume goes on, --sample-only samples, --overwrite starts anew"
-            raise UserError(f"{out} holds a run: {cures}, or name another --out")
-    elif os.path.exists(out) and (os.path.isfile(out) or os.listdir(out)):
-        raise UserError(f"{out} holds files of yours: name another --out")
+    """UserError if there is anything in OUT but a run (log.csv tells) to overwrite."""
+    log, head = Path(out, "log.csv"), ",".join(LOG).encode()
+    ours = log.is_file() and log.read_bytes().startswith(head)
+    if os.path.exists(out) and os.listdir(out) and not (ours and overwrite):
+        cures = "--resume goes on, --sample-only samples, --overwrite starts anew"
+        what = f"a run: {cures}, or" if ours else "files of yours:"
+        raise UserError(f"{out} holds {what} name another --out")
 
 
 def join_processes(args):
@@ -616,11 +603,10 @@ def join_processes(args):
     world = int(os.environ["WORLD_SIZE"])
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} is not a multiple of {world}")
-    cuda = "cuda" in args.device
-    if cuda:
+    if "cuda" in args.device:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group()  # gloo on CPUs, nccl on GPUs
     if rank() > 0:
         sys.stdout = io.StringIO()  # the first process tells
 
@@ -645,15 +631,15 @@ def data_of(args, split="train"):
 
 def labels_of(args, index):
     """The labels of images number index: --label, or all classes in turn, or None."""
-    if args.label is not None and args.label not in args.names:
+    if args.label not in [None, *args.names]:
         words = f"the run's classes are {args.names[:20]}; see --classes"
         raise UserError(f"--label {args.label}: {words}")
     if not args.names:
         return None
-    label = index % len(args.names)
+    classes = torch.arange(len(args.names))
     if args.label is not None:
-        label = torch.full_like(index, args.names.index(args.label))
-    return label.to(args.device)
+        classes = classes[args.names.index(args.label)].view(1)
+    return classes[index % len(classes)].to(args.device)
 
 
 # -------------------------------------------------------------------------------- a run
@@ -739,10 +725,10 @@ class Run:
     The randomness of step n is that of (seed, n, rank): --resume is exact to the bit.
     """
 
-    note = "nothing was being trained"  # of the process, for Ctrl-C
+    saved = 0  # the step of the last checkpoint
 
     def __init__(self, args, net):
-        self.args, self.step, self.saved, self.rows = args, 0, 0, []
+        self.args, self.step, self.rows, Run.saved = args, 0, [], 0
         net.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         net = net.to(args.device)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -757,7 +743,7 @@ class Run:
         if args.resume or args.sample_only:
             old = read_checkpoint(args.out, [args.script])
             with blame(f"{args.out}/ckpt.pt is damaged or of another version"):
-                self.step, self.saved, self.rows = old.step, old.step, old.rows
+                self.step, Run.saved, self.rows = old.step, old.step, old.rows
                 for name, part in self.parts.items():
                     part.load_state_dict(getattr(old, name))
         self.net, self.stamp = net, self.last_write()
@@ -766,7 +752,7 @@ class Run:
             for name, buffer in net.named_buffers(recurse=False):
                 self.net.register_buffer(name, buffer)  # the losses' own
         self.previews = {100, *range(1000, args.steps, 1000)} - {args.steps}
-        self.recent, self.began = [], time.perf_counter()
+        self.recent = []
 
     def last_write(self):
         """When OUT/ckpt.pt was written, or 0: did another process do so?"""
@@ -780,13 +766,10 @@ class Run:
         if args.sample_only:
             return
         n = sum(p.numel() for p in self.net.parameters())
-        what = f"{n:,} weights, {self.ema.dtype}, {world} x {args.device}"
-        steps = f"steps {self.step} to {args.steps} of {args.batch_size} images"
-        print(f"train  {what}, {steps}: {args.out}")
+        print(f"train  {n:,} weights, {self.ema.dtype}, {world} x {args.device}")
+        print(f"       {args.batch_size} images a step, into {args.out}")
         images = images.to(args.device)
         labels = None if labels is None else labels.to(args.device)
-        how = f"--resume --out {args.out} goes on from step {self.saved}"
-        Run.note = how if self.saved else "nothing was saved yet: start again"
         self.began = time.perf_counter()
         while self.step < args.steps:
             seed_all(args.seed, self.step, rank())
@@ -831,7 +814,7 @@ class Run:
             mean /= dist.get_world_size()
         mean = mean.tolist()  # the only wait for the device
         if not math.isfinite(sum(mean)):
-            kept = f"the last checkpoint is of step {self.saved}"
+            kept = f"the last checkpoint is of step {Run.saved}"
             raise UserError(f"the loss is not finite: lower --lr; {kept}")
         minutes = (time.perf_counter() - self.began) / 60
         rate = n * args.batch_size / minutes / 60
@@ -848,7 +831,7 @@ class Run:
 
     def save(self):
         """Write OUT/ckpt.pt atomically. UserError if somebody else has written it."""
-        path, self.saved = Path(self.args.out, "ckpt.pt"), self.step
+        path, Run.saved = Path(self.args.out, "ckpt.pt"), self.step
         what = {"args": vars(self.args), "rows": self.rows}
         what |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
@@ -856,7 +839,6 @@ class Run:
                 raise UserError(f"another process trains in {path.parent}")
             write(path, lambda f: torch.save(what, f))
             self.stamp = self.last_write()
-        Run.note = f"--resume --out {self.args.out} goes on from step {self.saved}"
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -907,25 +889,23 @@ def save_curve(path, points, ylabel):
 
 
 class Watch:
-    """watch(f) wraps f; .calls counts its calls, .frames holds 8 images of 20 to 40."""
+    """watch(f) wraps f; .seen holds the first 8 images of each of its calls."""
 
     def __init__(self):
-        self.calls, self.every, self.frames = 0, 1, []
+        self.seen = []
 
     def __call__(self, f):
         def watched(x, *rest):
-            if self.calls % self.every == 0:
-                self.frames.append(x[:8].detach().cpu())
-            if len(self.frames) > 40:
-                self.frames, self.every = self.frames[::2], 2 * self.every
-            self.calls += 1
+            self.seen.append(x[:8].detach().clone())
             return f(x, *rest)
 
         return watched
 
 
 def save_process(frames, path):
-    """Frames of uint8 images (n, C, H, W): animation PATH.gif, filmstrip PATH.png."""
+    """Frames uint8 (n, C, H, W), thinned to 40 and the last one: animation PATH.gif,
+    filmstrip PATH.png."""
+    frames = [*frames[: -1 : len(frames) // 40 + 1], frames[-1]]
     first, *film = [grid(frame, cols=4, scale=3) for frame in frames]
     times = {"duration": [80] * len(film) + [2500], "loop": 0}
     how = {"save_all": True, "append_images": film, **times}
@@ -954,10 +934,11 @@ def save_samples(args, draw, preview=0, low=-1.0):
         if not x.isfinite().all():
             raise UserError("the samples are not finite: use smaller steps")
         if first == 0:
-            frames = [to_uint8(frame, low) for frame in [*watch.frames, x[:8]]]
+            frames = [to_uint8(frame, low) for frame in [*watch.seen, x[:8]]]
         parts.append(to_uint8(x, low))
-        cost = f"{watch.calls} evaluations each, {time.perf_counter() - began:.0f} s"
-        print(f"sample {min(first + CHUNK, N)}/{N} images, {cost}")
+        cost = f"{len(watch.seen)} evaluations each"
+        seconds = time.perf_counter() - began
+        print(f"sample {min(first + CHUNK, N)}/{N} images, {cost}, {seconds:.0f} s")
     x = torch.cat(parts)[:N]
     path = f"{args.out}/samples{name}"
     write(f"{path}.png", lambda f: grid(x[:100]).save(f, "PNG"))
