@@ -4,6 +4,8 @@ Papers   Song & Ermon 2019, arXiv:1907.05600 (equation numbers: v3); images in [
          Song & Ermon 2020, arXiv:2006.09011, "Improved techniques": --improved
          Song, Garg, Shi & Ermon 2019, arXiv:1905.07088 (sliced score matching):
          --objective ssm or ssm-vr
+         Jolicoeur-Martineau et al. 2020, arXiv:2009.05475 (consistent annealed
+         sampling): the default, --sampler consistent
 Noise    q_sigma(x~ | x) = N(x~ | x, sigma^2 I), sigma_1 > ... > sigma_L    section 4.2
 Network  s(x, sigma) = net(x, log sigma) / sigma; improved: net(x) / sigma
 Loss     1/L sum_i lambda(sigma_i) l(sigma_i), lambda(sigma) = sigma^2          eq. (6)
@@ -14,6 +16,7 @@ Sample   for sigma_1 ... sigma_L, T times each:
 Differs  mean over pixels instead of sum; one U-Net, given log sigma, that learns the
          residual to the score of N(0, (sigma^2 + 1/4) I) (not with --improved); more
          levels, a larger first sigma, 0.05 as the last; T = 10; lambda = sigma^3;
+         consistent sampling, from sigma_1 z, not Algorithm 1 (--sampler langevin);
          levels near sigma = 0.8 are trained more often (--focus); Muon, gradient
          clipping, learning-rate decay; a weight EMA with a shorter horizon early on;
          images are not dequantised; a last denoising step, as in the second paper (the
@@ -40,6 +43,7 @@ from common import ON_OFF, UNet, UserError, each, geometric_sigmas, hide, per_sa
 # --paper undoes what "Differs" lists; with --improved the second paper's settings
 PAPER = {"sigma_max": 1.0, "sigma_min": 0.01, "levels": 10, "power": 2.0}
 PAPER |= {"gaussian": False, "T": 100, "eps": 4e-5, "denoise": False, "focus": False}
+PAPER |= {"sampler": "langevin"}
 PAPER |= {"optimizer": "adam", "lr": 1e-3, "constant_lr": True}
 IMPROVED = PAPER | {"sigma_max": None, "levels": None, "eps": None}  # by Techniques
 IMPROVED |= {"T": 5, "denoise": True, "lr": 1e-4}
@@ -123,6 +127,28 @@ def sample(s_theta, x, sigma, eps, T, denoise=True):
     if denoise:
         x = x + sigma_i**2 * s_theta(x, sigma_i)
     return x
+
+
+@torch.no_grad()
+def sample_consistent(s_theta, x, sigma, eps, T, denoise=True):
+    """Consistent annealed sampling, arXiv:2009.05475, Algorithm 2; T steps per level.
+
+    A step leaves 1 - r of x's distance from a point, r = alpha_i / 2 sigma_i^2. Then z
+    is scaled so that x has the sigma which the next step is told (Algorithm 1 adds more
+    noise, see meter), as x at the start has sigma_1.
+    """
+    r = eps / float(sigma[-1]) ** 2 / 2
+    steps = sigma.repeat_interleave(T).tolist()
+    for sigma_i, sigma_next in zip(steps, [*steps[1:], steps[-1]]):
+        left = (1 - r) * sigma_i
+        beta = math.sqrt(max(0, sigma_next**2 - left**2))
+        x = x + r * sigma_i**2 * s_theta(x, sigma_i) + beta * torch.randn_like(x)
+    if denoise:
+        x = x + sigma_i**2 * s_theta(x, sigma_i)
+    return x
+
+
+SAMPLERS = {"langevin": sample, "consistent": sample_consistent}
 
 
 def meter(sigma, eps):
@@ -249,6 +275,8 @@ def flags():
     add = p.sampling.add_argument
     add("--eps", type=float, help="step size (1e-3, or Technique 4; paper: 4e-5)")
     add("--T", type=int, help="steps per level (10, improved 5; papers: 100, 5)")
+    words = "(consistent; langevin with --improved; paper: langevin)"
+    add("--sampler", choices=SAMPLERS, help=words)
     add("--denoise", action=ON_OFF, default=True, help="a last denoising step")
     return p
 
@@ -319,15 +347,16 @@ def main(argv=()):
     args = common.start(flags(), argv)
     images, labels = (None, None) if args.sample_only else common.data_of(args)
     sigma, eps, T = settle(args, images)
+    name = args.sampler or ("langevin" if args.improved else "consistent")
     guide, _ = common.load_guide(args, "n_classes", ncsn=network)
     run = common.Run(args, network(args))
 
     def draw(index, watch, T=T):
         x = torch.rand(len(index), *args.shape, device=args.device)
-        if args.improved:
+        if args.improved or name == "consistent":
             x = args.sigma_max * torch.randn_like(x)
         s = as_score(run.ema, common.labels_of(args, index), args.guidance, guide)
-        return sample(watch(s), x, sigma, eps, T, args.denoise)
+        return SAMPLERS[name](watch(s), x, sigma, eps, T, args.denoise)
 
     quick = partial(draw, T=min(T, 10))
     levels = sigma.float().to(args.device)

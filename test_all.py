@@ -197,9 +197,9 @@ def score_net(x, noise, label=None, m=M, s=S, scale=1.0, shift=0.0):
     return -scale * sigma * (x - m) / (s**2 + sigma**2) + shift
 
 
-def reached(score, *options, noises, std=1.0):
+def reached(score, *options, noises, std=1.0, sample=ncsn.sample):
     """Mean and variance, exact, of sample() on noise of a standard deviation."""
-    return moments(lambda x: ncsn.sample(score, std * x, *options), noises)
+    return moments(lambda x: sample(score, std * x, *options), noises)
 
 
 SLICED = partial(ncsn.ssm_loss, reduced=False)
@@ -264,6 +264,25 @@ class ScoreMatching(Case):
         near(var, 1 + 2 * 0.1 * (36 + 4 + 1))  # alpha follows sigma^2
         args = score, zeros(1, 1), sigma.flip(0), 0.1, 2
         refuses("> sigma_L", ncsn.sample, *args, error=ValueError)
+
+    def test_consistent_sampling_is_told_the_noise_it_has(self):
+        consistent = partial(reached, std=4.0, sample=ncsn.sample_consistent)
+        r, sigma = 0.4, self.sigma
+        for s, T in product((0.0, S), (1, 3)):
+            score = ncsn.as_score(partial(score_net, s=s))
+            options = sigma, 2 * r * 0.1**2, T
+            mean, var = consistent(score, *options, False, noises=10 * T)
+            bias, v = M, 16.0  # of x = 0, and of noise, around M
+            steps = [level for level in sigma.tolist() for _ in range(T)]
+            for now, then in zip(steps, [*steps[1:], steps[-1]]):
+                kept = 1 - r * now**2 / (s**2 + now**2)
+                bias, v = kept * bias, kept**2 * v + then**2 - ((1 - r) * now) ** 2
+            near([mean, var / v], [M - bias, 1])
+            if s == 0:  # a point and its noise: sigma_L exactly, and none at last
+                near(var / 0.01, 1)
+                near(consistent(score, *options, noises=10 * T)[1], 0, 1e-9)
+                options = sigma[[0, -1]], options[1], 30  # a fall that is too deep
+                near(consistent(score, *options, False, noises=60)[1] / 0.01, 1)
 
     def test_meter_predicts_the_inflation(self):
         score = ncsn.as_score(partial(score_net, s=0.0))
@@ -1986,9 +2005,9 @@ class Saved(Case):
 ADAM = "optimizer=adam constant_lr=True focus=False"
 PAPERS = {  # settings by --paper: the numbers of the papers, and of their code
     (ncsn, ""): f"{ADAM} lr=0.001 sigma_max=1.0 sigma_min=0.01 levels=10 power=2.0 "
-    "gaussian=False T=100 eps=4e-05 denoise=False objective=dsm",
+    "gaussian=False T=100 eps=4e-05 denoise=False objective=dsm sampler=langevin",
     (ncsn, "--improved"): f"{ADAM} lr=0.0001 sigma_max=None sigma_min=0.01 levels=None "
-    "power=2.0 T=5 eps=None denoise=True",
+    "power=2.0 T=5 eps=None denoise=True sampler=langevin",
     (ddpm, ""): f"{ADAM} lr=0.0002 predict=eps schedule=linear T=1000 objective=simple "
     "sampler=ddpm sample_steps=None variance=None clip=True",
     (ddpm, "--objective hybrid"): f"{ADAM} lr=0.0001 predict=eps T=4000 "
@@ -2309,6 +2328,7 @@ ncsn --objective ssm | not ssm_loss.reduced
   --levels 5 | near(ssm_loss.sigma, sample.sigma)
   --power 1.5 | ssm_loss.power == 1.5
   --no-gaussian | type(save.self.ema) is common.UNet
+  --sampler langevin | "sample_consistent" not in calls
   --eps 0.5 | sample.eps == 0.5
   --T 4 | sample.T == 4
   --no-denoise | sample.denoise is False
@@ -2316,7 +2336,9 @@ ncsn --objective ssm-vr | ssm_loss.reduced
   --improved | near(draw.x.std() / largest_distance.result, 1, 0.25)
   --levels 5 | settle.sigma.shape == (5,)
   --power 1.5 | ssm_loss.power == 1.5
-ncsn --gaussian --denoise | type(save.self.ema) is ncsn.ScoreUNet and sample.denoise
+ncsn --gaussian | type(save.self.ema) is ncsn.ScoreUNet
+  --denoise --T 2 | sample_consistent.denoise and sample_consistent.T == 2
+  --sampler consistent | near(draw.x.std() / 5, 1, 0.25)
   --focus | loss.focus and near(focus.sigma[[0, -1]], [10, 0.1])
   --objective dsm | loss.power == 3 and near(loss.sigma[[0, -1]], [5, 0.05])
   | 0 <= loss.x.min() and loss.x.max() <= 1 and save_samples.low == 0
