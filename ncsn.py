@@ -15,7 +15,7 @@ Sample   for sigma_1 ... sigma_L, T times each:
          alpha_i = eps sigma_i^2 / sigma_L^2                                Algorithm 1
 Differs  mean over pixels instead of sum; one U-Net, given log sigma, that learns the
          residual to the score of N(0, (sigma^2 + 1/4) I) (not with --improved); more
-         levels, a larger first sigma, 0.05 as the last; T = 10; lambda = sigma^3;
+         levels, a larger first sigma, 0.05 as the last; T = 3; lambda = sigma^3;
          consistent sampling, from sigma_1 z, not Algorithm 1 (--sampler langevin);
          levels near sigma = 0.8 are trained more often (--focus); Muon, gradient
          clipping, learning-rate decay; a weight EMA with a shorter horizon early on;
@@ -274,9 +274,10 @@ def flags():
     add("--gaussian", action=ON_OFF, default=True, help=words)
     add = p.sampling.add_argument
     add("--eps", type=float, help="step size (1e-3, or Technique 4; paper: 4e-5)")
-    add("--T", type=int, help="steps per level (10, improved 5; papers: 100, 5)")
-    words = "(consistent; langevin with --improved; paper: langevin)"
+    words = "(consistent; papers and --improved: langevin)"
     add("--sampler", choices=SAMPLERS, help=words)
+    words = "steps per level (3; langevin 10; --improved 5; papers: 100, 5)"
+    add("--T", type=int, help=words)
     add("--denoise", action=ON_OFF, default=True, help="a last denoising step")
     return p
 
@@ -322,8 +323,10 @@ def denoiser(net, args):
 
 
 def settle(args, images):
-    """(sigma (L,), eps, T): levels and steps from the flags, or Techniques 1, 2, 4."""
-    T = args.T or (5 if args.improved else 10)
+    """(sampler, sigma (L,), eps, T): from the flags, or by Techniques 1, 2 and 4."""
+    name = args.sampler or ("langevin" if args.improved else "consistent")
+    usual = {"consistent": 3, "langevin": 5 if args.improved else 10}
+    T = args.T or usual[name]
     eps = 1e-3
     if args.improved and not args.sigma_max:
         args.sigma_max = largest_distance(images, args.device)
@@ -337,26 +340,25 @@ def settle(args, images):
     sigma = geometric_sigmas(args.sigma_max, args.sigma_min, args.levels)
     eps = args.eps or eps
     r, inflation = meter(sigma, eps)
-    print(f"steps  step ratio r = {r:.4g} inflates the variance by {inflation:.4g}")
+    print(f"steps  r = {r:.4g}; Algorithm 1 inflates the variance by {inflation:.4g}")
     if r > 1:
         print(f"warn   r > {1 if r <= 2 else 2}: Langevin steps overshoot, lower --eps")
-    return sigma, eps, T
+    return SAMPLERS[name], sigma, eps, T
 
 
 def main(argv=()):
     args = common.start(flags(), argv)
     images, labels = (None, None) if args.sample_only else common.data_of(args)
-    sigma, eps, T = settle(args, images)
-    name = args.sampler or ("langevin" if args.improved else "consistent")
+    sampler, sigma, eps, T = settle(args, images)
     guide, _ = common.load_guide(args, "n_classes", ncsn=network)
     run = common.Run(args, network(args))
 
     def draw(index, watch, T=T):
         x = torch.rand(len(index), *args.shape, device=args.device)
-        if args.improved or name == "consistent":
+        if args.improved or sampler is sample_consistent:
             x = args.sigma_max * torch.randn_like(x)
         s = as_score(run.ema, common.labels_of(args, index), args.guidance, guide)
-        return SAMPLERS[name](watch(s), x, sigma, eps, T, args.denoise)
+        return sampler(watch(s), x, sigma, eps, T, args.denoise)
 
     quick = partial(draw, T=min(T, 10))
     levels = sigma.float().to(args.device)

@@ -342,15 +342,16 @@ class Improved(Case):
 
     def test_settings_by_default(self):
         for flags, T, eps, words in (
-            ("", 10, 1e-3, ""),
-            ("--eps 6e-3", 10, 6e-3, "r > 1: Langevin steps overshoot"),
+            ("", 3, 1e-3, ""),
+            ("--sampler langevin --eps 6e-3", 10, 6e-3, "r > 1: Langevin steps overshoot"),
             ("--improved --eps 0.2", 5, 0.2, "r > 2: Langevin steps overshoot"),
         ):
             argv = as_argv("--out", self.out, flags)
             args = common.start(ncsn.flags(), argv)
             images, _ = common.data_of(args)
-            sigma, *found = ncsn.settle(args, images)
+            sampler, sigma, *found = ncsn.settle(args, images)
             near(found, [eps, T])
+            assert sampler is (ncsn.sample if flags else ncsn.sample_consistent)
             assert words in self.printed.getvalue()
             assert args.improved or len(sigma) == 30
 
@@ -2338,7 +2339,7 @@ ncsn --objective ssm-vr | ssm_loss.reduced
   --power 1.5 | ssm_loss.power == 1.5
 ncsn --gaussian | type(save.self.ema) is ncsn.ScoreUNet
   --denoise --T 2 | sample_consistent.denoise and sample_consistent.T == 2
-  --sampler consistent | near(draw.x.std() / 5, 1, 0.25)
+  | near(draw.x.std() / 5, 1, 0.25) and "sample" not in calls
   --focus | loss.focus and near(focus.sigma[[0, -1]], [10, 0.1])
   --objective dsm | loss.power == 3 and near(loss.sigma[[0, -1]], [5, 0.05])
   | 0 <= loss.x.min() and loss.x.max() <= 1 and save_samples.low == 0
