@@ -281,8 +281,9 @@ class ScoreMatching(Case):
             if s == 0:  # a point and its noise: sigma_L exactly, and none at last
                 near(var / 0.01, 1)
                 near(consistent(score, *options, noises=10 * T)[1], 0, 1e-9)
-                options = sigma[[0, -1]], options[1], 30  # a fall that is too deep
-                near(consistent(score, *options, False, noises=60)[1] / 0.01, 1)
+                options = sigma[[0, -1]], options[1], 1, False  # too deep a fall:
+                var = consistent(score, *options, noises=2)[1]  # one step adds nothing
+                near(var, (0.6**2 * 4) ** 2 + (1 - 0.6**2) * 0.01)
 
     def test_meter_predicts_the_inflation(self):
         score = ncsn.as_score(partial(score_net, s=0.0))
@@ -1665,6 +1666,7 @@ class DataSets(Case):
         assert labels.bincount().tolist() == [4, 4, 3, 1]
         assert names == ["0", "1", "2", "linked"]
         images, labels, _ = load_images(folder, "test")  # the tenth of 13
+        near(images[0, 0], np.array(Image.open(folder / "2/2.png")))
         assert (len(images), labels.tolist()) == (1, [2])
         wanted = "12 images to train on, 1 x 8 x 8, 4 classes\n"
         assert wanted in self.printed.getvalue()
@@ -1673,7 +1675,9 @@ class DataSets(Case):
         a, b, _, d = self.raw
         wrong = {"large": "--size", "sizes": "--size", "float": "8 bits"}
         wrong |= {"deep": "8 bits", "text": "text/a.png", "nowhere": "is none of"}
-        wrong["plain"] = "every tenth is to test on"
+        wrong |= {"plain": "every tenth is to test on", "split": "give one of them"}
+        self.save("split/Valid/a.png", RAMP)
+        self.save("split/test/a.png", RAMP)
         self.save("large/a.png", np.zeros((600, 600), np.uint8))
         self.save("sizes/a.png", RAMP)
         self.save("sizes/b.png", RAMP[:4])
@@ -1865,7 +1869,7 @@ class Training(Case):
         before = kept(self.out)
         for wrong in (lambda l: l * nan, lambda l: l + (0 * l).sqrt()):  # slope
             conv = self.conv("--resume --steps 120", loss=broken(20, wrong))
-            mistake("not finite: lower --lr", conv)
+            mistake("lower --lr; the last checkpoint is of step 100", conv)
         with patch(Path, "replace", side_effect=OSError(28, "disk full")):
             mistake("disk full", self.conv("--resume --steps 101"))
         assert kept(self.out) == before
