@@ -13,6 +13,8 @@ Loss     1/L sum_i lambda(sigma_i) l(sigma_i), lambda(sigma) = sigma^2          
 Sample   for sigma_1 ... sigma_L, T times each:
          x <- x + alpha_i / 2 s(x, sigma_i) + sqrt(alpha_i) z,
          alpha_i = eps sigma_i^2 / sigma_L^2                                Algorithm 1
+         consistent: beta z instead, beta^2 = sigma_next^2 - (1 - r)^2 sigma_i^2, with
+         r = eps / 2 sigma_L^2
 Differs  mean over pixels instead of sum; one U-Net, given log sigma, that learns the
          residual to the score of N(0, (sigma^2 + 1/4) I) (not with --improved); more
          levels, a larger first sigma, 0.05 as the last; T = 3; lambda = sigma^3;
@@ -43,8 +45,7 @@ from common import ON_OFF, UNet, UserError, each, geometric_sigmas, hide, per_sa
 # --paper undoes what "Differs" lists; with --improved the second paper's settings
 PAPER = {"sigma_max": 1.0, "sigma_min": 0.01, "levels": 10, "power": 2.0}
 PAPER |= {"gaussian": False, "T": 100, "eps": 4e-5, "denoise": False, "focus": False}
-PAPER |= {"sampler": "langevin"}
-PAPER |= {"optimizer": "adam", "lr": 1e-3, "constant_lr": True}
+PAPER |= {"optimizer": "adam", "lr": 1e-3, "constant_lr": True, "sampler": "langevin"}
 IMPROVED = PAPER | {"sigma_max": None, "levels": None, "eps": None}  # by Techniques
 IMPROVED |= {"T": 5, "denoise": True, "lr": 1e-4}
 
