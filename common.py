@@ -293,24 +293,25 @@ def read_folder(folder, split, size=None):
     """(images, labels or None, class names) of a folder's pictures, every tenth for
     testing; sub-folders are the classes, numbers in their order."""
     files, pages, labels = pictures_below(folder), [], []
+    names = {path.relative_to(folder).parts[0] for path in files}
+    if any(path.parent == folder for path in files):
+        names = []
+    elif names and all(n.lower().startswith(("train", "test", "val")) for n in names):
+        raise UserError(f"{folder} holds {sorted(names)}: give one of them, --dataset")
+    names = sorted(names, key=lambda n: (int(n) if n.isdecimal() else math.inf, n))
     for k, path in enumerate(files):
         if (k % 10 == 9) == (split == "test"):
             new = read_picture(path, size)
             pages += new
-            labels += [path.relative_to(folder).parts[0]] * len(new)
+            if names:
+                labels += [names.index(path.relative_to(folder).parts[0])] * len(new)
     if not pages:
         found = f"nor has it pictures to {split} on (every tenth is to test on)"
         raise UserError(f"--dataset {folder} is none of {SETS}, {found}")
     if len({page.shape for page in pages}) > 1:
         raise UserError(f"the pictures in {folder} differ in size: pass --size 32")
     images = as_images(torch.from_numpy(np.stack(pages)))
-    if any(path.parent == folder for path in files):
-        return images, None, []
-    names = {path.relative_to(folder).parts[0] for path in files}
-    if {name.lower() for name in names} <= {"train", "test", "val", "valid"}:
-        raise UserError(f"{folder} holds {sorted(names)}: give one of them, --dataset")
-    names = sorted(names, key=lambda n: (int(n) if n.isdecimal() else math.inf, n))
-    return images, torch.tensor([names.index(label) for label in labels]), names
+    return images, torch.tensor(labels) if names else None, names
 
 
 # -------------------------------------------------------------------------- the network
@@ -831,7 +832,7 @@ class Run:
 
     def save(self):
         """Write OUT/ckpt.pt atomically. UserError if somebody else has written it."""
-        path, Run.saved = Path(self.args.out, "ckpt.pt"), self.step
+        path = Path(self.args.out, "ckpt.pt")
         what = {"args": vars(self.args), "rows": self.rows}
         what |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
@@ -839,6 +840,7 @@ class Run:
                 raise UserError(f"another process trains in {path.parent}")
             write(path, lambda f: torch.save(what, f))
             self.stamp = self.last_write()
+        Run.saved = self.step
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -889,23 +891,25 @@ def save_curve(path, points, ylabel):
 
 
 class Watch:
-    """watch(f) wraps f; .seen holds the first 8 images of each of its calls."""
+    """watch(f) wraps f; .calls counts its calls, .frames holds 8 images of 20 to 40."""
 
     def __init__(self):
-        self.seen = []
+        self.calls, self.every, self.frames = 0, 1, []
 
     def __call__(self, f):
         def watched(x, *rest):
-            self.seen.append(x[:8].detach().clone())
+            if self.calls % self.every == 0:
+                self.frames.append(x[:8].detach().cpu())
+            if len(self.frames) > 40:
+                self.frames, self.every = self.frames[::2], 2 * self.every
+            self.calls += 1
             return f(x, *rest)
 
         return watched
 
 
 def save_process(frames, path):
-    """Frames uint8 (n, C, H, W), thinned to 40 and the last one: animation PATH.gif,
-    filmstrip PATH.png."""
-    frames = [*frames[: -1 : len(frames) // 40 + 1], frames[-1]]
+    """Frames of uint8 images (n, C, H, W): animation PATH.gif, filmstrip PATH.png."""
     first, *film = [grid(frame, cols=4, scale=3) for frame in frames]
     times = {"duration": [80] * len(film) + [2500], "loop": 0}
     how = {"save_all": True, "append_images": film, **times}
@@ -934,11 +938,10 @@ def save_samples(args, draw, preview=0, low=-1.0):
         if not x.isfinite().all():
             raise UserError("the samples are not finite: use smaller steps")
         if first == 0:
-            frames = [to_uint8(frame, low) for frame in [*watch.seen, x[:8]]]
+            frames = [to_uint8(frame, low) for frame in [*watch.frames, x[:8]]]
         parts.append(to_uint8(x, low))
-        cost = f"{len(watch.seen)} evaluations each"
-        seconds = time.perf_counter() - began
-        print(f"sample {min(first + CHUNK, N)}/{N} images, {cost}, {seconds:.0f} s")
+        cost = f"{watch.calls} evaluations each, {time.perf_counter() - began:.0f} s"
+        print(f"sample {min(first + CHUNK, N)}/{N} images, {cost}")
     x = torch.cat(parts)[:N]
     path = f"{args.out}/samples{name}"
     write(f"{path}.png", lambda f: grid(x[:100]).save(f, "PNG"))

@@ -401,10 +401,9 @@ def main(argv=()):
         )
         if not x.isfinite().all():
             raise UserError("the completions are not finite: give a smaller --zeta")
-        frames = frames or [*watch.seen, x[0, :8]]
+        frames = frames or [*watch.frames, x[0, :8].cpu()]
         parts.append((common.to_uint8(given), common.to_uint8(x)))
-        cost = f"{len(watch.seen)} evaluations each"
-        print(f"sample {min(first + chunk, N)}/{N}   {cost}")
+        print(f"sample {min(first + chunk, N)}/{N}   {watch.calls} evaluations each")
     given, x = (torch.cat(part)[:N] for part in zip(*parts))
     measures = measure(images, x, hidden)
     for key, v in measures.items():
