@@ -17,7 +17,7 @@ Sample   for sigma_1 ... sigma_L, T times each:
          r = eps / 2 sigma_L^2
 Differs  mean over pixels instead of sum; one U-Net, given log sigma, that learns the
          residual to the score of N(0, (sigma^2 + 1/4) I) (not with --improved); more
-         levels, a larger first sigma, 0.05 as the last; T = 3; lambda = sigma^3;
+         levels, a larger first sigma, 0.05 as the last; T = 4; lambda = sigma^3;
          consistent sampling, from sigma_1 z, not Algorithm 1 (--sampler langevin);
          levels near sigma = 0.8 are trained more often (--focus); Muon, gradient
          clipping, learning-rate decay; a weight EMA with a shorter horizon early on;
@@ -277,7 +277,7 @@ def flags():
     add("--eps", type=float, help="step size (1e-3, or Technique 4; paper: 4e-5)")
     words = "(consistent; papers and --improved: langevin)"
     add("--sampler", choices=SAMPLERS, help=words)
-    words = "steps per level (3; langevin 10; --improved 5; papers: 100, 5)"
+    words = "steps per level (4; langevin 10; --improved 5; papers: 100, 5)"
     add("--T", type=int, help=words)
     add("--denoise", action=ON_OFF, default=True, help="a last denoising step")
     return p
@@ -326,7 +326,7 @@ def denoiser(net, args):
 def settle(args, images):
     """(sampler, sigma (L,), eps, T): from the flags, or by Techniques 1, 2 and 4."""
     name = args.sampler or ("langevin" if args.improved else "consistent")
-    usual = {"consistent": 3, "langevin": 5 if args.improved else 10}
+    usual = {"consistent": 4, "langevin": 5 if args.improved else 10}
     T = args.T or usual[name]
     eps = 1e-3
     if args.improved and not args.sigma_max:

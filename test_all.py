@@ -343,7 +343,7 @@ class Improved(Case):
 
     def test_settings_by_default(self):
         for flags, T, eps, words in (
-            ("", 3, 1e-3, ""),
+            ("", 4, 1e-3, ""),
             ("--sampler langevin --eps 6e-3", 10, 6e-3, "r > 1: Langevin steps"),
             ("--improved --eps 0.2", 5, 0.2, "r > 2: Langevin steps overshoot"),
         ):
