@@ -581,9 +581,9 @@ def kept_settings(parser, argv, out):
             raise UserError(f"{flag} is {value} in {out}: drop the flag")
     if args.sample_only and args.steps != saved.steps:
         raise UserError("--steps has no effect with --sample-only: see --resume")
-    for action in kept[3:] + sampling if args.sample_only else []:
+    for action in kept[3:] + sampling:
         value, flag = getattr(args, action.dest), action.option_strings[0]
-        if value != getattr(saved, action.dest, None):
+        if args.sample_only and value != getattr(saved, action.dest, None):
             name = "-n" if flag == "--samples" else flag[1:]
             args.suffix += f"{name}-{Path(str(value)).name}"
     return args
